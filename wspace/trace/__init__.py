@@ -1,0 +1,175 @@
+"""From an `nn.Module` to its `WeightSpace`, and the proof on the real weights.
+
+Four stages with a record between each: `capture` (module → calls), `rules` and `shapes` (one call
+at a time), `solve` (atoms), `derive` (atoms → space). `trace` is the loop over them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from wspace.errors import TraceError, UnknownOp, message
+from wspace.space import Opaque, Role, WeightSpace
+from wspace.trace import shapes  # noqa: F401  (registers its rules)
+from wspace.trace.capture import CONST, Call, Program, Value, capture
+from wspace.trace.derive import Naming, build_params
+from wspace.trace.rules import apply, known
+from wspace.trace.solve import Axis, Solver
+
+
+def trace(
+    module: nn.Module,
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    on_unknown: Literal["freeze", "raise"] = "freeze",
+) -> WeightSpace:
+    """The weight space of a module: which units may be permuted without changing its function.
+
+    The module is run once in evaluation mode on the example inputs. Parameters are replaced by
+    meta tensors, so no weight is read; only where control flow depends on weights are they run for
+    real. The module is left as it was.
+
+    Args:
+        module: Any module; its parameters may be real, meta or fake.
+        args: Example positional inputs (a single tensor stands for a tuple of one).
+        kwargs: Example keyword inputs.
+        on_unknown: What to do with an operator that has no rule: ``"freeze"`` every axis it
+            touches and list it in ``space.opaque``, or ``"raise"``.
+
+    Returns:
+        The weight space.
+
+    Raises:
+        TraceError: If the module fails on these inputs, or has no parameters.
+        UnknownOp: If an operator has no rule and `on_unknown` is ``"raise"``.
+
+    Example:
+        >>> import torch
+        >>> mlp = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+        >>> space = trace(mlp, torch.zeros(1, 3))
+        >>> print(*space.params, sep="  ")
+        0.weight(h1, 3!)  0.bias(h1)  2.weight(2!, h1)  2.bias(2!)
+    """
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    program = capture(module, args, kwargs or {}, known)
+    if not program.params:
+        raise TraceError(
+            message(
+                f"trace: {type(module).__name__} has no parameters",
+                help="there is no weight space to describe",
+            )
+        )
+    solver = Solver()
+    opaque = solve(solver, program, on_unknown)
+    naming = Naming(solver, program.params)
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return WeightSpace(
+        params=build_params(naming, program, buffers, roles_of(program)),
+        opaque=tuple(dict.fromkeys(opaque)),
+        capture="concrete" if program.concrete else "abstract",
+    )
+
+
+def solve(s: Solver, program: Program, on_unknown: str) -> list[Opaque]:
+    """Runs every call of a program through its rule; returns the operators that had none."""
+    opaque: list[Opaque] = []
+    for value in program.params:
+        value.axes = s.fresh(value.shape)
+    for call in program.calls:
+        ins = call.ins
+        for value in ins:
+            if value.axes is None:
+                value.axes = _leaf_axes(s, value)
+        result = apply(s, call)
+        if result is None:
+            if on_unknown == "raise":
+                raise UnknownOp(_unknown_message(call))
+            opaque.append(Opaque(str(call.op), call.source))
+            _freeze(s, ins)
+            result = tuple(None for _ in call.outs)
+        outs = result if isinstance(result, tuple) else (result,)
+        for value, axes in zip(call.outs, outs, strict=True):
+            value.axes = s.fresh(value.shape, fixed=True) if axes is None else list(axes)
+            sizes = tuple(s.size(axis) for axis in value.axes)
+            if sizes != value.shape:
+                raise AssertionError(f"rule of {call.op}: axes {sizes}, tensor {value.shape}")
+        s.settle([v.axes for v in (*ins, *call.outs)])
+    used = {id(v) for call in program.calls for v in call.ins}
+    _freeze(s, [*program.outputs, *(v for v in program.params if id(v) not in used)])
+    return opaque
+
+
+def _freeze(s: Solver, values: list[Value]) -> None:
+    for value in values:
+        for axis in value.axes:
+            s.freeze(axis)
+        if value.points is not None:
+            s.freeze(value.points)
+
+
+def _leaf_axes(s: Solver, value: Value) -> list[Axis]:
+    """Inputs are fixed; a constant is free along the dimensions in which it does not vary."""
+    if value.kind != CONST or value.data is None or value.data.numel() < 2:
+        return s.fresh(value.shape, fixed=True)
+    data = value.data
+    axes = s.fresh(value.shape)
+    for d, size in enumerate(value.shape):
+        if size > 1 and not bool((data == data.narrow(d, 0, 1)).all()):
+            s.freeze(axes[d])
+    return axes
+
+
+def _unknown_message(call: Call) -> str:
+    shapes = ", ".join(str(list(v.shape)) for v in call.ins)
+    return message(
+        f"trace: no rule for {call.op}",
+        expected="an operator with a rule, or one that decomposes into such operators",
+        got=f"it at {call.source or 'an unknown place'}, on shapes {shapes}",
+        help="add a rule (docs/extending.md), or pass on_unknown='freeze' to fix what it touches",
+    )
+
+
+_CONTRACTIONS = frozenset("mm addmm bmm baddbmm mv addmv dot linear convolution _trilinear "
+                          "_grouped_mm _scaled_dot_product_flash_attention_for_cpu".split())  # fmt: skip
+_VIEWS = frozenset("t transpose permute view _unsafe_view expand unsqueeze squeeze select slice "
+                   "split split_with_sizes unbind clone _to_copy alias detach repeat "
+                   "_weight_norm_interface neg cat stack".split())  # fmt: skip
+
+
+def roles_of(program: Program) -> dict[int, Role]:
+    """The role of each parameter, from the operators that read it or a view of it."""
+    owner: dict[int, list[Value]] = {id(v): [v] for v in program.params}
+    found: dict[int, set[Role]] = {}
+    for call in program.calls:
+        for i, value in enumerate(call.ins):
+            for param in owner.get(id(value), ()):
+                role = _role(call, i)
+                if role is not None:
+                    found.setdefault(id(param), set()).add(role)
+                elif call.name in _VIEWS:
+                    for out in call.outs:
+                        owner.setdefault(id(out), []).append(param)
+    return {k: next(iter(v)) if len(v) == 1 else Role.OTHER for k, v in found.items()}
+
+
+def _role(call: Call, position: int) -> Role | None:
+    name = call.name
+    if name in _VIEWS:
+        return None
+    if name in ("addmm", "baddbmm", "addmv"):
+        return Role.SHIFT if position == 0 else Role.MATRIX
+    if name == "convolution":
+        return Role.SHIFT if position == 2 else Role.MATRIX
+    if name in _CONTRACTIONS:
+        return Role.MATRIX
+    if "norm" in name and position > 0:
+        return (Role.SCALE, Role.SHIFT, Role.STATISTIC, Role.STATISTIC)[min(position, 4) - 1]
+    if name in ("embedding", "index", "index_select", "gather"):
+        return Role.TABLE
+    if name in ("add", "sub", "copy"):
+        return Role.SHIFT
+    if name in ("mul", "div"):
+        return Role.SCALE
+    return Role.OTHER

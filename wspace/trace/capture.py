@@ -1,0 +1,484 @@
+"""Runs a module once and writes down every operator as a flat list of `Call` records.
+
+This is the only file that knows how PyTorch dispatches. It owns the choice of what is computed
+for real and what is only shaped:
+
+- a value that depends on a parameter or a float buffer is *active*: in the abstract mode it is a
+  meta tensor, so no weight is read, allocated or multiplied;
+- a value that depends only on inputs or constants (token ids, positions, masks) stays real, so
+  Python control flow on it works;
+- where control flow depends on an active value the abstract mode cannot go on, and the module is
+  run again with everything real (`Program.concrete`).
+
+Operators are recorded below autograd, as `torch.ops.aten` overloads: one closed, typed vocabulary,
+whatever Python names the module used. Values are recorded, not names, so hooks, parametrizations
+and functional code need no special case.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from wspace.errors import TraceError, message
+
+PARAM, ACTIVE, INPUT, CONST = "param", "active", "input", "const"
+_TORCH_DIR = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+_FACTORIES = frozenset(
+    "zeros ones full empty empty_strided zeros_like ones_like full_like empty_like "
+    "new_zeros new_ones new_full new_empty new_empty_strided scalar_tensor "
+    "arange linspace eye rand randn rand_like randn_like tri_indices randint randperm "
+    "lift_fresh".split()
+)
+_UNIFORM = frozenset(
+    "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
+    "new_empty".split()
+)
+
+
+class Value:
+    """One tensor of the program: shape, dtype, where it came from, and later its axes.
+
+    Attributes:
+        shape: Sizes.
+        dtype: Element type.
+        kind: ``"param"`` (parameter or float buffer), ``"active"`` (depends on one),
+            ``"input"`` (depends on module inputs only) or ``"const"`` (on neither).
+        names: Qualified names, for a parameter or buffer; several when tied.
+        data: The real tensor, for inputs and constants; otherwise None.
+        axes: Filled in by the solver: one axis per dimension.
+        points: Axis that the entries are indices into (argmax, top-k), or None.
+    """
+
+    __slots__ = ("axes", "data", "dtype", "kind", "names", "origin", "points", "shape")
+
+    def __init__(self, tensor: Tensor, kind: str, names: tuple[str, ...] = ()) -> None:
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+        self.kind = kind
+        self.names = names
+        self.data: Tensor | None = tensor if kind in (INPUT, CONST) else None
+        self.axes: Any = None
+        self.origin: Any = None
+        self.points: Any = None
+
+    def __repr__(self) -> str:
+        return f"Value({self.kind}, {list(self.shape)}{', ' + self.names[0] if self.names else ''})"
+
+
+@dataclass(slots=True)
+class Call:
+    """One executed operator: `op` applied to `args`, in which tensors are `Value` objects.
+
+    Attributes:
+        op: The overload, e.g. ``aten.convolution.default``.
+        name: Base name without namespace and overload, e.g. ``convolution``.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        outs: Output values, flattened, in order.
+        inplace: True if the operator writes to its first argument.
+        source: ``file:line in function`` of the user's code, when it was asked for.
+    """
+
+    op: OpOverload
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[Value]
+    inplace: bool = False
+    source: str = ""
+
+    @property
+    def ins(self) -> list[Value]:
+        """Input values, flattened, in order."""
+        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Value)]
+
+
+@dataclass(slots=True)
+class Program:
+    """A run of a module: its calls in order, its parameters, and what it returned.
+
+    Attributes:
+        calls: Operators in execution order.
+        params: Every parameter and float buffer of the module, used or not; ties share a value.
+        outputs: Values among the module's outputs (those that depend on parameters).
+        concrete: True if real weights had to be run, because control flow depends on them.
+        reason: Why the abstract run was given up, when `concrete`.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    params: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    concrete: bool = False
+    reason: str = ""
+
+
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    known: Callable[[str, OpOverload], bool] = lambda name, op: True,
+) -> Program:
+    """Program of one evaluation-mode forward pass of `module`; the module is left as it was.
+
+    Args:
+        module: Module with real, meta or fake parameters.
+        args: Example positional inputs; real tensors.
+        kwargs: Example keyword inputs.
+        known: Tells whether an operator has a rule; source lines are kept for the others.
+
+    Returns:
+        The recorded program.
+
+    Raises:
+        TraceError: If the module fails on these inputs, or needs weights that it does not have.
+    """
+    try:
+        return _run(module, args, kwargs, known, abstract=True)
+    except Exception as abstract_error:  # any failure here may be the abstraction's own
+        state = [*module.parameters(), *module.buffers()]
+        if any(t.is_meta or _is_fake(t) for t in state):
+            raise TraceError(
+                message(
+                    f"trace: {type(module).__name__} could not be run without its weights",
+                    expected="a forward pass whose control flow does not depend on weights",
+                    got=f"{type(abstract_error).__name__}: {abstract_error}",
+                    help="build the module with real weights (not on the meta device) and "
+                    "trace it again, or check that the example inputs fit its forward",
+                )
+            ) from abstract_error
+        reason = f"{type(abstract_error).__name__}: {str(abstract_error).splitlines()[:1]}"
+        try:
+            program = _run(module, args, kwargs, known, abstract=False)
+        except Exception as error:
+            raise TraceError(
+                message(
+                    f"trace: {type(module).__name__} failed on the example inputs",
+                    expected="inputs that `module(*args, **kwargs)` accepts",
+                    got=f"{type(error).__name__}: {error}",
+                    help="call the module yourself with these inputs in eval mode first",
+                )
+            ) from error
+        program.concrete, program.reason = True, reason
+        return program
+
+
+def _run(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    known: Callable[[str, OpOverload], bool],
+    *,
+    abstract: bool,
+) -> Program:
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluation_mode(module))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        recorder = _Recorder(module, known, abstract=abstract)
+        if not abstract:
+            stack.enter_context(state_restored(module))
+        leaves, spec = tree_flatten((args, dict(kwargs)))
+        leaves = [recorder.add_input(x) if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = tree_unflatten(leaves, spec)
+        stack.enter_context(recorder)
+        result = module(*args, **kwargs)
+    return recorder.finish(result)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module):
+    """Context in which every submodule is in eval mode; each gets its own mode back."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@contextmanager
+def state_restored(module: nn.Module):
+    """Context after which every parameter and buffer has the value it had before."""
+    saved = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
+    versions = [t._version for t, _ in saved]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (t, old), version in zip(saved, versions, strict=True):
+                if t._version != version:
+                    t.copy_(old)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _storage_key(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+class _Recorder(TorchDispatchMode):
+    """Dispatch mode that runs each operator (shaped or for real) and records the active ones."""
+
+    def __init__(
+        self, module: nn.Module, known: Callable[[str, OpOverload], bool], *, abstract: bool
+    ) -> None:
+        super().__init__()
+        self.abstract = abstract
+        self.known = known
+        self.program = Program()
+        self._keep: list[Tensor] = []  # real tensors whose id or storage is a key below
+        self._by_id: dict[int, Value] = {}
+        self._by_storage: dict[int, Value] = {}
+        self._twins: dict[int, Tensor] = {}
+        self._names: dict[str, tuple[str, str, bool]] = {}
+        self._add_state(module)
+
+    # ------------------------------------------------------------------ values
+
+    def _add_state(self, module: nn.Module) -> None:
+        named = [*module.named_parameters(remove_duplicate=False)]
+        named += [
+            (n, b)
+            for n, b in module.named_buffers(remove_duplicate=False)
+            if b.is_floating_point() or b.is_complex()
+        ]
+        for name, tensor in named:
+            known = self._by_id.get(id(tensor))
+            if known is None:
+                known = self._alias_of_whole(tensor)
+            if known is not None:
+                known.names += (name,)
+                continue
+            value = Value(tensor, PARAM, (name,))
+            self.program.params.append(value)
+            self._remember(tensor, value)
+
+    def _alias_of_whole(self, tensor: Tensor) -> Value | None:
+        key = _storage_key(tensor)
+        value = None if key is None else self._by_storage.get(key)
+        if value is None or tensor.numel() == 0 or tensor.is_meta:
+            return None
+        base = self._keep[value.origin]
+        same = base.shape == tensor.shape and base.stride() == tensor.stride()
+        if same and base.storage_offset() == tensor.storage_offset():
+            self._by_id[id(tensor)] = value
+            self._keep.append(tensor)
+            return value
+        return None
+
+    def _remember(self, tensor: Tensor, value: Value) -> None:
+        value.origin = len(self._keep)
+        self._keep.append(tensor)
+        self._by_id[id(tensor)] = value
+        key = _storage_key(tensor)
+        if key is not None:
+            self._by_storage.setdefault(key, value)
+
+    def add_input(self, tensor: Tensor) -> Tensor:
+        """The tensor to pass to the module in place of input `tensor`, registered as an input."""
+        if tensor.is_meta or _is_fake(tensor):
+            raise TraceError("trace: example inputs must be real tensors (got a meta tensor)")
+        fresh = tensor.detach().clone() if not self.abstract else tensor.detach()
+        fresh._wspace = Value(fresh, INPUT)  # type: ignore[attr-defined]
+        return fresh
+
+    def _value(self, tensor: Tensor) -> Value:
+        value = self._by_id.get(id(tensor)) or getattr(tensor, "_wspace", None)
+        if value is not None:
+            return value
+        alias = self._by_storage.get(_storage_key(tensor) or 0)
+        if alias is not None:  # `.data`, `.detach()` taken outside the recorder
+            base = self._keep[alias.origin]
+            if base.shape == tensor.shape and base.stride() == tensor.stride():
+                self._by_id[id(tensor)] = alias
+                self._keep.append(tensor)
+                return alias
+            raise TraceError(
+                f"trace: the module reads part of {alias.names[0]!r} through an untracked view"
+            )
+        value = Value(tensor, CONST)
+        tensor._wspace = value  # type: ignore[attr-defined]
+        return value
+
+    def _shaped(self, tensor: Tensor) -> Tensor:
+        """Meta stand-in of a real tensor: cached for parameters, made on the spot for the rest."""
+        if tensor.is_meta and not _is_fake(tensor):
+            return tensor
+        value = self._value(tensor)
+        twin = self._twins.get(id(value)) if value.kind == PARAM else None
+        if twin is None:
+            twin = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            twin._wspace = value  # type: ignore[attr-defined]
+            if value.kind == PARAM:
+                self._twins[id(value)] = twin
+        return twin
+
+    # ---------------------------------------------------------------- dispatch
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in _leaves(args, kwargs) if isinstance(x, Tensor)]
+        values = [self._value(t) for t in tensors]
+        name, inplace = self._describe(func)
+        if name in _FACTORIES and name != "lift_fresh":
+            return self._factory(func, name, args, kwargs, values)
+        if not any(v.kind in (PARAM, ACTIVE) for v in values):
+            kind = INPUT if any(v.kind == INPUT for v in values) else CONST
+            return self._mark(func(*args, **kwargs), kind)
+        has_rule = self.known(name, func)
+        if not has_rule and (out := self._decompose(func, args, kwargs)) is not NotImplemented:
+            return out
+        return self._record(func, name, args, kwargs, inplace=inplace, has_rule=has_rule)
+
+    def _decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Result of an operator run through its decomposition, whose operators are recorded."""
+        table = torch._decomp.decomposition_table
+        with self:
+            if func in table:
+                return table[func](*args, **kwargs)
+            return func.decompose(*args, **kwargs)
+
+    def _record(
+        self, func: OpOverload, name: str, args: Any, kwargs: Any, *, inplace: bool, has_rule: bool
+    ) -> Any:
+        recorded = tree_map_only(Tensor, self._value, (args, kwargs))
+        target = args[0] if inplace else None
+        if self.abstract:
+            args, kwargs = tree_map_only(Tensor, self._shaped, (args, kwargs))
+            if kwargs.get("device") is not None:
+                kwargs = {**kwargs, "device": torch.device("meta")}
+        out = func(*args, **kwargs)
+        outs = [self._output(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        call = Call(func, name, recorded[0], recorded[1], outs, inplace)
+        if not has_rule:
+            call.source = _source()
+        self.program.calls.append(call)
+        if isinstance(target, Tensor) and target is not out:
+            target._wspace = outs[0]  # type: ignore[attr-defined]
+            return target
+        return out
+
+    def _describe(self, func: OpOverload) -> tuple[str, bool]:
+        key = str(func)
+        known = self._names.get(key)
+        if known is None:
+            base = func._schema.name.split("::")[1]
+            inplace = base.endswith("_") and not base.endswith("__")
+            known = (base[:-1] if inplace else base, base, inplace)
+            self._names[key] = known
+        return known[0], known[2]
+
+    def _output(self, tensor: Tensor) -> Value:
+        value = Value(tensor, ACTIVE)
+        tensor._wspace = value  # type: ignore[attr-defined]
+        self._by_id.pop(id(tensor), None)
+        return value
+
+    def _mark(self, out: Any, kind: str) -> Any:
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                tensor._wspace = Value(tensor, kind)  # type: ignore[attr-defined]
+        return out
+
+    def _factory(
+        self, func: OpOverload, name: str, args: Any, kwargs: Any, values: list[Value]
+    ) -> Any:
+        """Float tensors of one repeated value are active and uniform; the rest are constants."""
+        recorded = tree_map_only(Tensor, self._value, (args, kwargs))
+        if self.abstract:
+            args = tree_map_only(Tensor, _dense, args)
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        out = func(*args, **kwargs)
+        if name not in _UNIFORM or not out.is_floating_point() or out.numel() < 2:
+            return self._mark(out, CONST)
+        call = Call(func, "uniform", recorded[0], recorded[1], [self._output(out)])
+        self.program.calls.append(call)
+        return out
+
+    # ------------------------------------------------------------------ result
+
+    def finish(self, result: Any) -> Program:
+        """The program, once the module has returned `result`."""
+        for leaf in tensors_in(result):
+            value = self._value(leaf)
+            if value.kind in (PARAM, ACTIVE):
+                self.program.outputs.append(value)
+        return self.program
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A real tensor of the same shape, for factories that copy only shape and dtype."""
+    if tensor.is_meta or _is_fake(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return tensor
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, list | tuple):
+            yield from x
+        else:
+            yield x
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    """Tensors that a module returns: in pytrees, mappings and dataclasses, in order.
+
+    Objects of other kinds, such as key-value caches, are carried state and not output; they count
+    only if nothing else is returned.
+    """
+    found = _visit(result, set(), deep=False)
+    return found or _visit(result, set(), deep=True)
+
+
+def _visit(x: Any, seen: set[int], *, deep: bool) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    if id(x) in seen or isinstance(x, str | bytes | int | float | type(None)):
+        return []
+    seen.add(id(x))
+    if isinstance(x, Mapping):
+        items = list(x.values())
+    elif isinstance(x, list | tuple | set):
+        items = list(x)
+    elif is_dataclass(x) or (deep and hasattr(x, "__dict__")):
+        items = list(vars(x).values())
+    else:
+        return []
+    return [t for item in items for t in _visit(item, seen, deep=deep)]
+
+
+def _source() -> str:
+    """``file:line in function`` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH_DIR, _HERE)) and not file.startswith("<"):
+            return f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

@@ -1,0 +1,235 @@
+"""From solved atoms to a `WeightSpace`: named groups, axis trees, and what depends on what.
+
+The solver leaves every dependence that no operator ruled out. Here the dependences are made
+consistent (acyclic and transitive), a product that nothing ever looked inside is one group again,
+and neighbouring fixed factors are merged, so that the description is as short as it can be.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from wspace.space import Axis, Concat, Group, Param, Role
+from wspace.trace.capture import Program, Value
+from wspace.trace.solve import Axis as Atoms
+from wspace.trace.solve import Solver
+
+Tree = list["int | list[Tree]"]
+"""An axis: atoms, or lists of trees for concatenations."""
+
+
+class Naming:
+    """Groups of a space under construction: trees of atoms in, axes of named groups out."""
+
+    def __init__(self, s: Solver, values: Iterable[Value]) -> None:
+        self.s = s
+        self.trees = {id(v): [self._tree(axis) for axis in v.axes] for v in values}
+        self.over = self._dependences()
+        self._merge_unsplit()
+        self._names: dict[int, Group] = {}
+        self._fixed_index = {o for over in self.over.values() for o in over if self._is_fixed(o)}
+
+    # ------------------------------------------------------------------- trees
+
+    def _tree(self, axis: Atoms) -> Tree:
+        s = self.s
+        factors = s.resolve(axis)
+        out: Tree = []
+        for i, a in enumerate(factors):
+            parts = s.parts(a)
+            if parts is None:
+                case = s.cases(a)
+                if case is not None:  # its index is not a factor before it: no pieces apart
+                    s._forget(a, {case[0]})
+                    return self._tree(axis)
+                out.append(a)
+                continue
+            rest = factors[i + 1 :]
+            if any((c := s.cases(b)) is not None and c[0] == a for b in rest):
+                out.append(
+                    [
+                        self._tree(part + s._restrict_axis(rest, a, j))
+                        for j, part in enumerate(parts)
+                    ]
+                )
+                return out
+            out.append([self._tree(part) for part in parts] if s.free((a,)) else a)
+        return out
+
+    def _is_fixed(self, atom: int) -> bool:
+        return not self.s.free((atom,))
+
+    def _axes_trees(self) -> Iterator[Tree]:
+        for trees in self.trees.values():
+            yield from trees
+
+    # ------------------------------------------------------------ dependences
+
+    def _dependences(self) -> dict[int, list[int]]:
+        """For every free atom, in order of appearance: what its permutation may depend on."""
+        order: dict[int, int] = {}
+        for tree in self._axes_trees():
+            for atom in _atoms(tree):
+                order.setdefault(atom, len(order))
+        over = {
+            a: {o for o in self.s.over(a) if o in order and o != a}
+            for a in order
+            if not self._is_fixed(a)
+        }
+        self.mutual = {
+            (a, b) for b, deps in over.items() for a in deps if b in over.get(a, ()) and a < b
+        }
+        self._raw_over = {a: set(deps) for a, deps in over.items()}
+        kept: dict[int, list[int]] = {}
+        for a in sorted(over, key=order.__getitem__):
+            deps = {o for o in over[a] if o not in over or order[o] < order[a]}
+            for o in sorted(deps, key=order.__getitem__, reverse=True):
+                if not set(kept.get(o, ())) <= deps:  # the group would not be closed
+                    deps.discard(o)
+            kept[a] = sorted(deps, key=order.__getitem__)
+        return kept
+
+    def _merge_unsplit(self) -> None:
+        """Joins factors that stand side by side everywhere and that nothing tells apart."""
+        changed = True
+        while changed:
+            changed = False
+            for a, b in self._neighbours():
+                if self._indistinct(a, b):
+                    size = self.s.size((a, b))
+                    (joint,) = self.s.atom(size)
+                    for trees in self.trees.values():
+                        for i, tree in enumerate(trees):
+                            trees[i] = _replace_pair(tree, a, b, joint)
+                    self.over[joint] = self.over.pop(a)
+                    self._raw_over[joint] = self._raw_over.pop(a) - {b}
+                    del self.over[b], self._raw_over[b]
+                    for deps in (*self.over.values(),):
+                        deps[:] = list(dict.fromkeys(joint if o in (a, b) else o for o in deps))
+                    for key, deps in self._raw_over.items():
+                        if deps & {a, b}:
+                            self._raw_over[key] = (deps - {a, b}) | {joint}
+                    changed = True
+                    break
+
+    def _neighbours(self) -> set[tuple[int, int]]:
+        """Pairs that occur only as neighbours, in this order."""
+        pairs: set[tuple[int, int]] = set()
+        alone: set[int] = set()
+        for tree in self._axes_trees():
+            for run in _runs(tree):
+                i = 0
+                for i, atom in enumerate(run):
+                    if i + 1 < len(run) and isinstance(run[i + 1], int) and isinstance(atom, int):
+                        pairs.add((atom, run[i + 1]))
+                    if isinstance(atom, int):
+                        before = run[i - 1] if i else None
+                        after = run[i + 1] if i + 1 < len(run) else None
+                        alone.add((atom, before, after))  # type: ignore[arg-type]
+        good = set()
+        for a, b in pairs:
+            if a in self.over and b in self.over:
+                uses_a = {after for x, _, after in alone if x == a}  # type: ignore[misc]
+                uses_b = {before for x, before, _ in alone if x == b}  # type: ignore[misc]
+                if uses_a == {b} and uses_b == {a}:
+                    good.add((a, b))
+        return good
+
+    def _indistinct(self, a: int, b: int) -> bool:
+        raw = self._raw_over
+        if a not in raw[b] or b not in raw[a] or raw[a] - {b} != raw[b] - {a}:
+            return False
+        return all((a in deps) == (b in deps) for k, deps in raw.items() if k not in (a, b))
+
+    # ------------------------------------------------------------------- names
+
+    def group(self, atom: int) -> Group:
+        """The named group of an atom, made on first use."""
+        found = self._names.get(atom)
+        if found is None:
+            size = self.s.size((atom,))
+            if atom in self.over:
+                over = tuple(self.group(o).name for o in self.over[atom])
+                name = f"h{1 + sum(not g.fixed for g in self._names.values())}"
+                found = Group(name, size, ("permutation",), over)
+            elif atom in self._fixed_index:
+                found = Group(f"{size}#{1 + sum(g.fixed for g in self._names.values())}", size)
+            else:
+                return Group(str(size), size)
+            self._names[atom] = found
+        return found
+
+    def axis(self, tree: Tree) -> Axis:
+        """The tree in terms of named groups, neighbouring fixed factors merged."""
+        factors: list[Group | Concat] = []
+        for node in tree:
+            if isinstance(node, list):
+                factors.append(Concat(_merge_fixed([self.axis(t) for t in node])))
+                continue
+            g = self.group(node)
+            last = factors[-1] if factors else None
+            if g.fixed and "#" not in g.name and _plain_fixed(last):
+                size = last.size * g.size  # type: ignore[union-attr]
+                factors[-1] = Group(str(size), size)
+            else:
+                factors.append(g)
+        return Axis(tuple(factors))
+
+
+def _plain_fixed(factor: Group | Concat | None) -> bool:
+    return isinstance(factor, Group) and factor.fixed and "#" not in factor.name
+
+
+def _merge_fixed(parts: list[Axis]) -> tuple[Axis, ...]:
+    out: list[Axis] = []
+    for part in parts:
+        if out and all(_plain_fixed(f) for p in (out[-1], part) for f in p.factors):
+            size = out[-1].size + part.size
+            out[-1] = Axis((Group(str(size), size),))
+        else:
+            out.append(part)
+    return tuple(out)
+
+
+def _atoms(tree: Tree) -> Iterator[int]:
+    for node in tree:
+        if isinstance(node, list):
+            for part in node:
+                yield from _atoms(part)
+        else:
+            yield node
+
+
+def _runs(tree: Tree) -> Iterator[Tree]:
+    yield tree
+    for node in tree:
+        if isinstance(node, list):
+            for part in node:
+                yield from _runs(part)
+
+
+def _replace_pair(tree: Tree, a: int, b: int, joint: int) -> Tree:
+    out: Tree = []
+    for node in tree:
+        if isinstance(node, list):
+            out.append([_replace_pair(part, a, b, joint) for part in node])
+        elif node == b and out and out[-1] == a:
+            out[-1] = joint
+        else:
+            out.append(node)
+    return out
+
+
+def build_params(
+    naming: Naming, program: Program, buffers: set[str], roles: dict[int, Role]
+) -> tuple[Param, ...]:
+    """`Param` records of a program's parameters, in module order."""
+    return tuple(
+        Param(
+            name=value.names[0],
+            axes=tuple(naming.axis(t) for t in naming.trees[id(value)]),
+            role=roles.get(id(value), Role.UNUSED),
+            dtype=str(value.dtype).removeprefix("torch."),
+            ties=value.names[1:],
+            buffer=value.names[0] in buffers,
+        )
+        for value in program.params
+    )

@@ -1,0 +1,477 @@
+"""Axis algebra: which units must move together, kept in a union-find over atoms.
+
+Torch-free and operator-free: this file knows integers only, so its laws are tested on integers.
+
+An *axis* is a row-major product of *atoms*, written as a tuple of atom ids; ``()`` is an axis of
+size 1. An atom has a size and is either free, fixed, or *bound*: to a product (a view split it) or
+to a concatenation of axes (a slice or a `cat` did). Bindings only ever refine, so one pass over
+a program is enough: what is learned late applies to what was seen early.
+
+A free atom may *depend* on other atoms that index the same tensors (`over`): its permutation may
+then differ from one index of those atoms to the next. Heads × head-dim with a different
+permutation per head (a wreath product) is the atom ``d`` over the atom ``h``; stacked experts and
+channel groups are the same. Dependence starts as large as possible and shrinks:
+
+- a tensor that contains ``d`` but not ``h`` ends the dependence (`settle` looks at every tensor);
+- an operator that mixes along ``h`` ends every dependence on ``h`` (`mix`);
+- unified atoms keep what they have in common.
+
+When ``h`` is cut into parts, the piece of ``d`` under each part becomes an atom of its own
+(`_restrict`), which is how ``view(3, h, d).unbind(0)`` gives q, k and v a freedom each.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+Axis = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Cases:
+    """Pieces of an atom under the parts of the atom it depends on."""
+
+    index: int
+    pieces: list[Axis]
+
+
+class Solver:
+    """Union-find over atoms with refinement into products and concatenations."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self._size: list[int] = []
+        self._fixed: list[bool] = []
+        self._over: list[set[int]] = []
+        self._product: dict[int, Axis] = {}
+        self._concat: dict[int, list[Axis]] = {}
+        self._cases: dict[int, _Cases] = {}
+        self._meets: list[tuple[int, set[int]]] = []
+        self._settled_concats: set[int] = set()
+
+    # ------------------------------------------------------------------- atoms
+
+    def atom(self, size: int, *, fixed: bool = False, over: Iterable[int] = ()) -> Axis:
+        """A new axis of one atom; ``()`` when `size` is 1."""
+        if size == 1:
+            return ()
+        self._parent.append(len(self._parent))
+        self._size.append(size)
+        self._fixed.append(fixed)
+        self._over.append(set() if fixed else set(over))
+        return (len(self._parent) - 1,)
+
+    def fresh(self, sizes: Sequence[int], *, fixed: bool = False) -> list[Axis]:
+        """New axes of these sizes, one atom each, every one dependent on all the others."""
+        axes = [self.atom(size, fixed=fixed) for size in sizes]
+        atoms = [a for axis in axes for a in axis]
+        for a in atoms:
+            if not fixed:
+                self._over[a] = set(atoms) - {a}
+        return axes
+
+    def depend(self, axis: Axis, on: Iterable[Axis]) -> None:
+        """Lets the free atoms of a new axis depend on the atoms of the axes `on`."""
+        others = {a for other in on for a in other}
+        for a in self.resolve(axis):
+            self._over[a] |= others - {a}
+
+    def find(self, atom: int) -> int:
+        """Representative of an atom."""
+        root = atom
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[atom] != root:
+            self._parent[atom], atom = root, self._parent[atom]
+        return root
+
+    def size(self, axis: Axis) -> int:
+        """Number of indices of an axis."""
+        return prod(self._size[a] for a in axis)
+
+    def resolve(self, axis: Axis) -> Axis:
+        """The axis as a product of representatives, with all product bindings expanded."""
+        out: list[int] = []
+        stack = list(reversed(axis))
+        while stack:
+            root = self.find(stack.pop())
+            bound = self._product.get(root)
+            if bound is None:
+                out.append(root)
+            else:
+                stack.extend(reversed(bound))
+        return tuple(out)
+
+    def parts(self, atom: int) -> list[Axis] | None:
+        """The axes that a bound atom concatenates, or None."""
+        return self._concat.get(self.find(atom))
+
+    def cases(self, atom: int) -> tuple[int, list[Axis]] | None:
+        """The atom that indexes the pieces of this one, and the pieces; None if it has none."""
+        case = self._cases.get(self.find(atom))
+        return None if case is None else (self.find(case.index), case.pieces)
+
+    def fixed(self, atom: int) -> bool:
+        """True if no index of the atom may move."""
+        return self._fixed[self.find(atom)]
+
+    def free(self, axis: Axis) -> bool:
+        """True if some atom of the axis may still move."""
+        for a in self.resolve(axis):
+            parts = self._concat.get(a)
+            if any(self.free(p) for p in parts) if parts else not self._fixed[a]:
+                return True
+        return False
+
+    def over(self, atom: int) -> set[int]:
+        """Representatives of the atoms on which this one may still depend."""
+        root = self.find(atom)
+        out = {r for a in self._over[root] for r in self.resolve((a,))} - {root}
+        self._over[root] = set(out)
+        return out
+
+    # -------------------------------------------------------------- unification
+
+    def unify(self, a: Axis, b: Axis) -> None:
+        """Makes two axes of one size move together, refining either as needed."""
+        left, right = list(self.resolve(a)), list(self.resolve(b))
+        while left and right:
+            x, y = left[0], right[0]
+            if self._size[x] == self._size[y]:
+                self._merge(x, y)
+                del left[0], right[0]
+                left, right = list(self.resolve(tuple(left))), list(self.resolve(tuple(right)))
+                continue
+            big, small = (left, right) if self._size[x] > self._size[y] else (right, left)
+            lead = self._lead(big[0], self._size[small[0]])
+            if lead is None:
+                self.freeze(tuple(left))
+                self.freeze(tuple(right))
+                return
+            big[:1] = lead
+            left, right = list(self.resolve(tuple(left))), list(self.resolve(tuple(right)))
+        if left or right:
+            raise AssertionError(f"unify: sizes differ by the axes {left} and {right}")
+
+    def _lead(self, atom: int, size: int) -> Axis | None:
+        """The atom as (factor of `size`, rest); None if it cannot be seen that way."""
+        atom = self.find(atom)
+        if self._size[atom] % size:
+            return None
+        if atom in self._concat:
+            return self._lead_of_concat(atom, size)
+        rest = self._size[atom] // size
+        outer = set(self._over[atom])
+        first = self.atom(size, fixed=self._fixed[atom], over=outer)
+        second = self.atom(rest, fixed=self._fixed[atom], over=outer)
+        if not self._fixed[atom]:
+            self._over[first[0]] |= set(second)
+            self._over[second[0]] |= set(first)
+        self._settled_concats.clear()
+        self._bind_product(atom, first + second)
+        return self.resolve((atom,))
+
+    def _lead_of_concat(self, atom: int, size: int) -> Axis | None:
+        """A concatenation of equal blocks as (fixed index, piece that depends on it)."""
+        step = self._size[atom] // size
+        pieces = [self._take_concat(atom, i * step, (i + 1) * step) for i in range(size)]
+        if any(p is None for p in pieces):
+            return None
+        first = self.atom(size, fixed=True)
+        second = self.atom(step, over=first)
+        self._concat[first[0]] = [() for _ in range(size)]
+        self._cases[second[0]] = _Cases(first[0], [p for p in pieces if p is not None])
+        del self._concat[atom]
+        self._product[atom] = first + second
+        return first + second
+
+    def _bind_product(self, atom: int, axis: Axis) -> None:
+        case = self._cases.pop(atom, None)
+        self._product[atom] = axis
+        if case is not None:
+            for j, piece in enumerate(case.pieces):
+                self.unify(piece, self._restrict_axis(axis, case.index, j))
+
+    def _bind_concat(self, atom: int, parts: list[Axis]) -> None:
+        case = self._cases.pop(atom, None)
+        self._concat[atom] = parts
+        if case is not None:  # pieces of a piece: give up the outer distinction
+            for piece in case.pieces:
+                self.unify(piece, (atom,))
+
+    def _merge(self, x: int, y: int) -> None:
+        x, y = self.find(x), self.find(y)
+        if x == y:
+            return
+        if self._product.get(x) or self._product.get(y):
+            self.unify((x,), (y,))
+            return
+        if self._fixed[x] or self._fixed[y]:
+            self.freeze((x,))
+            self.freeze((y,))
+            return
+        if x in self._concat and y in self._concat:
+            self._merge_concats(x, y)
+            return
+        if x in self._concat:
+            x, y = y, x
+        case = self._cases.pop(x, None)
+        self._meets.append((y, self._over[x]))
+        self._meets.append((y, set(self._over[y])))
+        self._parent[x] = y
+        if case is None:
+            return
+        own = self._cases.get(y)
+        if own is not None and self.find(own.index) == self.find(case.index):
+            for p, q in zip(own.pieces, case.pieces, strict=True):
+                self.unify(p, q)
+        elif own is not None or y in self._concat:
+            for piece in case.pieces:
+                self.unify(piece, (y,))
+        else:
+            self._cases[y] = case
+
+    def _merge_concats(self, x: int, y: int) -> None:
+        cuts = sorted({*self._cuts(x), *self._cuts(y)})
+        for start, stop in pairwise(cuts):
+            p, q = self._take_concat(x, start, stop), self._take_concat(y, start, stop)
+            if p is None or q is None:
+                self.freeze((x,))
+                self.freeze((y,))
+                return
+            self.unify(p, q)
+        if self.find(x) != self.find(y):
+            self._meets.append((y, self._over[x]))
+            del self._concat[x]
+            self._parent[x] = y
+
+    def _cuts(self, atom: int) -> list[int]:
+        cuts = [0]
+        for part in self._concat[atom]:
+            cuts.append(cuts[-1] + self.size(part))
+        return cuts
+
+    def freeze(self, axis: Axis) -> None:
+        """Fixes every index of an axis."""
+        stack = list(axis)
+        while stack:
+            root = self.find(stack.pop())
+            bound = self._product.get(root)
+            if bound is not None:
+                stack.extend(bound)
+                continue
+            if root in self._concat:
+                stack.extend(a for part in self._concat[root] for a in part)
+            if self._fixed[root] and root not in self._cases:
+                continue
+            self._fixed[root] = True
+            case = self._cases.pop(root, None)
+            if case is not None:
+                stack.extend(a for piece in case.pieces for a in piece)
+
+    # ---------------------------------------------------------- shape operators
+
+    def reshape(self, axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
+        """Axes after a row-major view as `shape`."""
+        pending = [a for axis in axes for a in self.resolve(axis)]
+        out: list[Axis] = []
+        for size in shape:
+            taken: list[int] = []
+            room = size
+            while room > 1:
+                head = self._size[pending[0]] if pending else 0
+                if head and room % head == 0:
+                    taken.append(pending.pop(0))
+                    room //= head
+                elif head and head % room == 0 and (lead := self._lead(pending[0], room)):
+                    pending[:1] = self.resolve(lead)
+                else:
+                    self.freeze(tuple(taken + pending))
+                    return [self.atom(s, fixed=True) for s in shape]
+            out.append(tuple(taken))
+        return out
+
+    def concat(self, parts: Sequence[Axis]) -> Axis:
+        """Axis that lists the indices of several axes one after another."""
+        parts = [p for p in parts if self.size(p) > 0]
+        if len(parts) == 1:
+            return parts[0]
+        axis = self.atom(sum(self.size(p) for p in parts))
+        if axis:
+            self._concat[axis[0]] = [tuple(p) for p in parts]
+        return axis
+
+    def narrow(self, axes: Sequence[Axis], dim: int, start: int, stop: int) -> list[Axis]:
+        """Axes after keeping the indices ``start:stop`` of one dimension."""
+        axes = [self.resolve(axis) for axis in axes]
+        axis = axes[dim]
+        if (start, stop) == (0, self.size(axis)):
+            return axes
+        others = {a for i, other in enumerate(axes) if i != dim for a in other}
+        if not self.free(axis) and not any(
+            self.over(a) & set(axis) or a in self._concat for a in (*others, *axis)
+        ):
+            axes[dim] = self.atom(stop - start, fixed=True)
+            return axes
+        taken = self._take(axis, start, stop)
+        if taken is None:
+            self.freeze(axis)
+            axes[dim] = self.atom(stop - start, fixed=True)
+            return axes
+        axes[dim], path = taken
+        for i in range(len(axes)):
+            if i != dim:
+                for index, j in path:
+                    axes[i] = self._restrict_axis(axes[i], index, j)
+        return axes
+
+    def _take(self, axis: Axis, start: int, stop: int) -> tuple[Axis, list[tuple[int, int]]] | None:
+        """Indices ``start:stop`` of an axis, and the parts of which atoms they lie in."""
+        axis = self.resolve(axis)
+        if not axis or (start, stop) == (0, self.size(axis)):
+            return axis, []
+        lead, rest = axis[0], axis[1:]
+        step = self.size(rest)
+        if start % step or stop % step:
+            if start // step != (stop - 1) // step:
+                return None
+            i = start // step
+            first = self._take((lead,), i, i + 1)
+            if first is None:
+                return None
+            for index, j in first[1]:
+                rest = self._restrict_axis(rest, index, j)
+            inner = self._take(rest, start - i * step, stop - i * step)
+            return None if inner is None else (inner[0], first[1] + inner[1])
+        start, stop = start // step, stop // step
+        if lead not in self._concat:
+            self._cut(lead, start, stop)
+        return self._take_parts(lead, rest, start, stop)
+
+    def _cut(self, atom: int, start: int, stop: int) -> None:
+        sizes = [s for s in (start, stop - start, self._size[atom] - stop) if s]
+        fixed, over = self._fixed[atom], set(self._over[atom])
+        self._bind_concat(atom, [self.atom(s, fixed=fixed, over=over) for s in sizes])
+
+    def _take_parts(
+        self, lead: int, rest: Axis, start: int, stop: int
+    ) -> tuple[Axis, list[tuple[int, int]]] | None:
+        cuts = self._cuts(lead)
+        for j, (a, b) in enumerate(pairwise(cuts)):
+            if a <= start and stop <= b:
+                inner = self._take(self._concat[lead][j], start - a, stop - a)
+                if inner is None:
+                    return None
+                path = [(lead, j), *inner[1]]
+                for index, i in path:
+                    rest = self._restrict_axis(rest, index, i)
+                return inner[0] + rest, path
+        whole = self._take_concat(lead, start, stop)
+        if whole is None:
+            return None
+        return whole + rest, []  # `settle` sees that the result lacks `lead` as an index
+
+    def _take_concat(self, atom: int, start: int, stop: int) -> Axis | None:
+        """Indices ``start:stop`` of a concatenation, cutting parts where needed."""
+        pieces: list[Axis] = []
+        cuts = self._cuts(atom)
+        for part, (a, b) in zip(list(self._concat[atom]), pairwise(cuts), strict=True):
+            lo, hi = max(a, start), min(b, stop)
+            if lo < hi:
+                taken = self._take(part, lo - a, hi - a)
+                if taken is None:
+                    return None
+                pieces.append(taken[0])
+        return self.concat(pieces)
+
+    # --------------------------------------------------------------- dependence
+
+    def _restrict_axis(self, axis: Axis, index: int, j: int) -> Axis:
+        return tuple(p for a in self.resolve(axis) for p in self._restrict(a, index, j))
+
+    def _restrict(self, atom: int, index: int, j: int) -> Axis:
+        """The piece of `atom` under part `j` of `index`; the atom itself if it does not depend."""
+        atom, index = self.find(atom), self.find(index)
+        case = self._cases.get(atom)
+        if case is not None and self.find(case.index) == index:
+            return case.pieces[j]
+        if index not in self.over(atom):
+            return (atom,)
+        if case is not None or atom in self._concat or self._fixed[atom]:
+            self._forget(atom, {index})
+            return (atom,)
+        pieces = [self.atom(self._size[atom]) for _ in self._concat[index]]
+        self._cases[atom] = _Cases(index, pieces)
+        others = self.over(atom) - {index}
+        for i, (piece, part) in enumerate(zip(pieces, self._concat[index], strict=True)):
+            over = set(part)
+            for other in others:
+                over |= set(self._restrict(other, index, i))
+            self._over[piece[0]] = over - set(piece)
+        return pieces[j]
+
+    def _forget(self, atom: int, indices: set[int]) -> None:
+        """Ends the dependence of an atom (and of what it concatenates) on `indices`."""
+        atom = self.find(atom)
+        if self.over(atom) & indices:
+            self._over[atom] -= indices
+        case = self._cases.get(atom)
+        if case is not None and self.find(case.index) in indices:
+            del self._cases[atom]
+            for piece in case.pieces:
+                self.unify(piece, (atom,))
+        for part in self._concat.get(self.find(atom), ()):
+            for a in self.resolve(part):
+                self._forget(a, indices)
+
+    def mix(self, axes: Sequence[Axis], dims: Iterable[int]) -> None:
+        """Ends every dependence on the atoms of `dims`: an operator mixes along them."""
+        dims = set(dims)
+        mixed = {a for d in dims for a in self.resolve(axes[d])}
+        mixed |= {a for m in tuple(mixed) for p in self._concat.get(m, ()) for a in self.resolve(p)}
+        for i, axis in enumerate(axes):
+            for a in self.resolve(axis):
+                self._forget(a, mixed if i not in dims else mixed - set(self.resolve(axis)))
+
+    def settle(self, values: Iterable[Sequence[Axis]]) -> None:
+        """Applies what an operator implies for dependence, given every tensor it made or read."""
+        while self._meets:
+            atom, over = self._meets.pop()
+            allowed = {r for a in over for r in self.resolve((a,))}
+            self._keep_only((atom,), allowed)
+        for axes in values:
+            context = {a for axis in axes for a in self.resolve(axis)}
+            for a in tuple(context):
+                self._check(a, context)
+
+    def _keep_only(self, axis: Axis, allowed: set[int]) -> None:
+        resolved = self.resolve(axis)
+        for a in resolved:
+            extra = self.over(a) - allowed - set(resolved)
+            if extra:
+                self._forget(a, extra)
+            for part in self._concat.get(self.find(a), ()):
+                self._keep_only(part, allowed | set(self.resolve(part)))
+
+    def _check(self, atom: int, context: set[int]) -> bool:
+        """Forgets what a tensor lacks; True once nothing below can depend on anything."""
+        atom = self.find(atom)
+        parts = self._concat.get(atom)
+        if parts is not None:
+            if atom in self._settled_concats:
+                return True
+            done = True
+            for part in parts:
+                inner = context | set(self.resolve(part))
+                for a in self.resolve(part):
+                    done &= self._check(a, inner)
+            if done:
+                self._settled_concats.add(atom)
+            return done
+        if self._fixed[atom]:
+            return True
+        extra = self.over(atom) - context
+        if extra:
+            self._forget(atom, extra)
+        return not self._over[self.find(atom)]

@@ -1,0 +1,238 @@
+"""The proof: random group elements leave the module's output unchanged, others do not."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from wspace.action import Transform, act, sample, shape_of
+from wspace.errors import NotASymmetry, message
+from wspace.space import Group, WeightSpace
+from wspace.trace.capture import evaluation_mode, tensors_in
+
+TOLERANCE = 1e-10
+CONTROL = 1e-6
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` measured.
+
+    Attributes:
+        max_error: Worst relative change of any output under a group element.
+        moved: Groups that were moved, all at once and each alone.
+        control_error: Smallest relative change of the output under the negative controls.
+        errors: Worst relative change with only this group moved, by group name (``"*"``: all).
+        controls: Relative change under each negative control, by what it broke.
+        ok: True if the outputs held and the controls changed them.
+    """
+
+    max_error: float
+    moved: tuple[str, ...]
+    control_error: float
+    errors: Mapping[str, float] = field(default_factory=dict)
+    controls: Mapping[str, float] = field(default_factory=dict)
+    ok: bool = True
+
+    def __str__(self) -> str:
+        return (
+            f"{'proved' if self.ok else 'FAILED'}: {len(self.moved)} groups moved, "
+            f"largest relative change {self.max_error:.1e}; "
+            f"controls change the output by at least {self.control_error:.1e}"
+        )
+
+
+def verify(
+    space: WeightSpace,
+    module: nn.Module,
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    kinds: tuple[str, ...] = ("permutation", "scale", "sign", "phase"),
+    randomize: bool = True,
+) -> VerifyReport:
+    """Proves on real weights, in float64, that the group of `space` preserves the function.
+
+    A float64 copy of the module is run with its state moved by random group elements: all groups
+    at once, then each alone. Constant tensors (zero-initialised heads, fresh norm statistics) are
+    first replaced by random ones in the copy, since any permutation of a constant "passes".
+    *Negative controls*, permutations outside the group, must change the output. The module itself,
+    its mode, hooks and the random state are not touched.
+
+    Args:
+        space: The claim to prove.
+        module: Module with real weights.
+        args: Example positional inputs (a single tensor stands for a tuple of one).
+        kwargs: Example keyword inputs.
+        generator: Source of randomness; seeded with 0 when None, so that a failure repeats.
+        kinds: Symmetries to move.
+        randomize: Replace constant tensors in the copy.
+
+    Returns:
+        The measured errors; `ok` is always true, since failure raises.
+
+    Raises:
+        NotASymmetry: If a group element changes the output, or no control does.
+        SpaceMismatch: If the module's state does not fit the space.
+    """
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    generator = generator or torch.Generator().manual_seed(0)
+    with _sandbox(module, args, kwargs or {}) as run:
+        if randomize:
+            _randomize(run.state, generator)
+        return _prove(space, run, generator, kinds)
+
+
+class _Run:
+    """A float64 copy of a module, run on float64 copies of the inputs with any state."""
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.module = module
+        self.args, self.kwargs = args, kwargs
+        self.state = dict(module.named_parameters(remove_duplicate=False))
+        self.state.update(module.named_buffers(remove_duplicate=False))
+
+    def __call__(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        saved = {name: t.detach().clone() for name, t in self.state.items()}
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
+        try:
+            for name, t in self.state.items():
+                t.copy_(state[name])
+            torch.manual_seed(0)
+            return [t.detach().clone() for t in tensors_in(self.module(*args, **kwargs))]
+        finally:
+            for name, t in self.state.items():
+                t.copy_(saved[name])
+
+
+@contextmanager
+def _sandbox(module: nn.Module, args: Any, kwargs: Any):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation_mode(module):
+        twin = copy.deepcopy(module).double()
+        args, kwargs = tree_map_only(
+            Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs)
+        )
+        yield _Run(twin, args, dict(kwargs))
+
+
+def _randomize(state: Mapping[str, Tensor], generator: torch.Generator) -> None:
+    """Gives every constant float tensor random entries of its own scale; positive stay positive."""
+    for t in state.values():
+        if not t.is_floating_point() or t.numel() < 2 or not bool((t == t.flatten()[0]).all()):
+            continue
+        noise = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+        value = float(t.flatten()[0])
+        t.copy_(value * (0.5 + noise) if value else 0.4 * (noise - 0.5))
+
+
+def _prove(
+    space: WeightSpace, run: _Run, generator: torch.Generator, kinds: tuple[str, ...]
+) -> VerifyReport:
+    state = {name: t.detach().clone() for name, t in run.state.items()}
+    before = run(state)
+    errors: dict[str, float] = {}
+    names = [g for g in space.groups]
+    for chosen in [None, *([n] for n in names)]:
+        t = sample(space, generator=generator, kinds=kinds, groups=chosen)
+        key = "*" if chosen is None else chosen[0]
+        errors[key] = difference(before, run(act(t, state, space)))
+    for gauge in {(g.kind, g.group) for g in space.gauges if g.kind in kinds}:
+        t = sample(space, generator=generator, kinds=(gauge[0],), groups=[gauge[1]])
+        errors[" ".join(gauge)] = difference(before, run(act(t, state, space)))
+    worst = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else float("inf"))
+    if not errors[worst] <= TOLERANCE:
+        where = "moving all groups at once" if worst == "*" else f"moving {worst} alone"
+        raise NotASymmetry(
+            message(
+                f"verify: {where} changed the output",
+                expected=f"a relative change of at most {TOLERANCE:g} in float64",
+                got=f"{errors[worst]:.2e}; wrong: "
+                + ", ".join(k for k, e in errors.items() if not e <= TOLERANCE),
+                help="the space was traced from another module or other inputs, or a rule is "
+                "wrong: please report it with the module",
+            )
+        )
+    controls = _controls(space, run, state, before, generator)
+    control = min(controls.values(), default=float("inf"))
+    if controls and not max(controls.values()) > CONTROL:
+        raise NotASymmetry(
+            message(
+                "verify: the negative controls did not change the output",
+                expected=f"a relative change above {CONTROL:g} for a permutation outside the group",
+                got=f"{max(controls.values()):.2e}",
+                help="the outputs do not depend on the weights with these inputs; pass others",
+            )
+        )
+    return VerifyReport(errors[worst], tuple(names), control, errors, controls)
+
+
+def difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """Largest relative difference between two lists of outputs; NaN counts as infinite."""
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel() == 0:
+            continue
+        if not a.is_floating_point() and not a.is_complex():
+            worst = max(worst, float((a != b).any()))
+            continue
+        finite = torch.isfinite(a)
+        if bool((torch.isfinite(b) != finite).any()):
+            return float("inf")
+        a, b = a[finite], b[finite]
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        gap = float((a - b).abs().max()) if a.numel() else 0.0
+        worst = max(worst, gap / scale if scale else gap)
+    return worst
+
+
+def _controls(
+    space: WeightSpace,
+    run: _Run,
+    state: Mapping[str, Tensor],
+    before: list[Tensor],
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Changes of the output when one tensor alone is moved along one of its axes.
+
+    For each group, the first parameter that it indexes is moved without its partners; for a space
+    without groups, every axis of the largest matrix is.
+    """
+    out: dict[str, float] = {}
+    for g in space.groups.values():
+        t = Transform(space, {g.name: _nontrivial(space, g, generator)}, {})
+        moved = act(t, state, space)
+        for p in space.params:
+            if p.buffer or p.at or not any(a.name == g.name for x in p.axes for a in x.groups()):
+                continue
+            broken = {**state, **{n: moved[n] for n in (p.name, *p.ties)}}
+            out[f"{g.name} in {p.name}"] = difference(before, run(broken))
+            if out[f"{g.name} in {p.name}"] > CONTROL:
+                break
+    if not out:
+        p = max((p for p in space.params if not p.buffer), key=lambda p: p.numel)
+        for d, size in enumerate(p.shape):
+            if size > 1:
+                x = state[p.name].roll(1, d)
+                out[f"axis {d} of {p.name}"] = difference(
+                    before, run({**state, **{n: x for n in (p.name, *p.ties)}})
+                )
+    best: dict[str, float] = {}
+    for key, value in out.items():
+        name = key.split(" in ")[0]
+        if value >= best.get(name, -1.0):
+            best[name] = value
+    return best
+
+
+def _nontrivial(space: WeightSpace, group: Group, generator: torch.Generator) -> Tensor:
+    shape = shape_of(group, space)
+    shift = int(torch.randint(1, group.size, (1,), generator=generator))
+    return torch.arange(group.size).roll(shift).expand(shape).contiguous()
