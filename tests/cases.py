@@ -27,7 +27,7 @@ class Case:
     coverage: float = 0.99  # least share of parameter elements that some free group should move
     why: str = ""  # the reason, if coverage < 0.99
     slow: bool = False
-    float32: bool = False  # computes partly in float32 whatever its dtype, so it is exact to 1e-6
+    float32: bool = False  # computes partly in float32 whatever its dtype, so exact to 1e-6
 
 
 def _case(name: str, make: Callable[[], nn.Module], *shapes: _Input, **more: object) -> Case:
@@ -240,10 +240,18 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Bu
 class Double(TorchFunctionMode):
     """Promotes float32 to float64 inside code that asks for float32 by name (RMSNorm, rotary).
 
+    Measured on a tiny Llama under a permutation of its stream: 3e-7 without, 7e-16 with it.
     Run only the forwards to be compared under it, not the trace.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Call `func` with float64 wherever it says float32."""
         func = torch.Tensor.double if func is torch.Tensor.float else func
         args, kwargs = pytree.tree_map(_promote, (args, kwargs or {}))
         return func(*args, **kwargs)

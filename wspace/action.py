@@ -10,9 +10,10 @@ within each head, ``out[h, d] = in[p[h], q[h, d]]``.
 Diagonal factors multiply after the permutation: ``out[i] = s[i] ** exponent * in[p[i]]``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -186,8 +187,11 @@ def _gather(t: Transform, p: Param, x: Tensor) -> Tensor:
                 x = x.index_select(lead + d, _axis_source(t, axis, p.at).to(x.device))
         return x
     factors = [f for axis in p.axes for f in axis.factors]
-    if all(isinstance(f, Group) for f in factors):
-        return _gather_factors(t, p, x, [f for f in factors if isinstance(f, Group)])
+    groups = [f for f in factors if isinstance(f, Group)]
+    if len(groups) == len(factors) and len({g.name for g in groups if g.kinds}) == sum(
+        bool(g.kinds) for g in groups
+    ):
+        return _gather_factors(t, p, x, groups)
     lead_shape = x.shape[: x.dim() - len(p.axes)]
     source = _axis_source(t, Axis(tuple(factors)), p.at).to(x.device)
     return x.reshape(*lead_shape, -1).index_select(-1, source).reshape(x.shape)
@@ -230,8 +234,10 @@ def _depth(group: Group, space: WeightSpace) -> int:
 
 
 # ------------------------------------------------------------------ indices along an axis
-# Contexts: an axis inside a product is laid out once for every index of the factors before it.
+# Contexts: an axis inside a product is laid out once for every index of the other factors.
 # `env` maps group names to their output index in each context, a tensor of shape (contexts,).
+
+Env = Mapping[str, Tensor]
 
 
 def _axis_source(t: Transform, axis: Axis, at: tuple[str, int] | None) -> Tensor:
@@ -242,32 +248,55 @@ def _axis_source(t: Transform, axis: Axis, at: tuple[str, int] | None) -> Tensor
     return _positions(t, axis, env, 1).flatten()
 
 
-def _positions(t: Transform, axis: Axis, env: dict[str, Tensor], contexts: int) -> Tensor:
+def _positions(t: Transform, axis: Axis, env: Env, contexts: int) -> Tensor:
     """Source positions within `axis` for every context: ``(contexts, axis.size)``."""
-    source = torch.zeros(contexts, 1, dtype=torch.int64)
-    env = dict(env)
-    for f in axis.factors:
-        flat = source.flatten()
+    source = torch.zeros(1, dtype=torch.int64)
+    for f, outer, place in _grid(axis, env, contexts):
         if isinstance(f, Concat):
             inner, start = [], 0
             for part in f.parts:
-                inner.append(start + _positions(t, part, env, len(flat)))
+                inner.append(start + _positions(t, part, *outer))
                 start += part.size
-            step = torch.cat(inner, 1)
+            step = place(torch.cat(inner, 1))
         else:
-            index = torch.arange(f.size)
             moved = t.permutations.get(f.name)
-            step = _read(moved, f, env, len(flat)) if moved is not None else index.expand(1, -1)
-            env = {k: v.repeat_interleave(f.size) for k, v in env.items()}
-            env[f.name] = index.repeat(len(flat))
-            source = (flat[:, None] * f.size + step).reshape(-1, 1)
-            continue
-        env = {k: v.repeat_interleave(f.size) for k, v in env.items()}
-        source = (flat[:, None] * f.size + step).reshape(-1, 1)
-    return source.reshape(contexts, -1)
+            here = torch.arange(f.size)[None]
+            step = place(here if moved is None else _read(moved, f, *outer))
+        source = source * f.size + step
+    return source.expand(contexts, *(f.size for f in axis.factors)).reshape(contexts, -1)
 
 
-def _read(values: Tensor, group: Group, env: dict[str, Tensor], contexts: int) -> Tensor:
+def _grid(
+    axis: Axis, env: Env, contexts: int
+) -> Iterator[tuple[Group | Concat, tuple[Env, int], Callable[[Tensor], Tensor]]]:
+    """Each factor of an axis with the contexts around it, and how to place ``(contexts, size)``.
+
+    The grid has shape ``(contexts, *sizes of the factors)``; placing returns a tensor that
+    broadcasts to it.
+    """
+    sizes = [f.size for f in axis.factors]
+    for j, f in enumerate(axis.factors):
+        around = [contexts, *sizes[:j], *sizes[j + 1 :]]
+        rows = prod(around)
+        inner = {k: _spread(v, 0, around) for k, v in env.items()}
+        for i, other in enumerate(axis.factors):
+            if i != j and isinstance(other, Group):
+                inner[other.name] = _spread(torch.arange(other.size), i + (i < j), around)
+
+        def place(x: Tensor, around: list[int] = around, j: int = j) -> Tensor:
+            if x.shape[0] == 1:
+                return x.reshape([-1 if i == j + 1 else 1 for i in range(len(around) + 1)])
+            return x.reshape(*around, -1).movedim(-1, j + 1)
+
+        yield f, (inner, rows), place
+
+
+def _spread(x: Tensor, dim: int, shape: list[int]) -> Tensor:
+    """A vector laid along one dimension of a grid, flattened."""
+    return x.reshape([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape).reshape(-1)
+
+
+def _read(values: Tensor, group: Group, env: Env, contexts: int) -> Tensor:
     """Per-unit numbers of a group in every context: ``(contexts, size)``, or ``(1, size)``."""
     if not group.over:
         return values[None]
@@ -278,55 +307,39 @@ def _rescale(t: Transform, p: Param, gauge: Gauge, factor: Tensor, x: Tensor) ->
     lead = x.dim() - len(p.axes)
     for name, d, occurrence, exponent in gauge.slots:
         if name == p.name:
-            base = -torch.ones_like(factor) if gauge.kind == "phase" else factor
-            power = factor * exponent if gauge.kind == "phase" else float(exponent)
-            along = _along(t.space, p, d, gauge.group, occurrence, base**power, 1.0)
+            if gauge.kind == "phase":
+                values = 1 - 2 * torch.remainder(factor * exponent, 2)
+            else:
+                values = factor ** float(exponent)
+            along = _along(p, d, gauge.group, occurrence, values, 1.0)
             x = x * along.reshape([-1 if i == lead + d else 1 for i in range(x.dim())]).to(x)
     for name, d, occurrence, amount in gauge.shifts:
         if name == p.name:
-            along = _along(t.space, p, d, gauge.group, occurrence, factor * amount, 0.0)
+            along = _along(p, d, gauge.group, occurrence, factor * amount, 0.0)
             x = x + along.reshape([-1 if i == lead + d else 1 for i in range(x.dim())]).to(x)
     return x
 
 
 def _along(
-    space: WeightSpace, p: Param, d: int, group: str, occurrence: int, values: Tensor, rest: float
+    p: Param, d: int, group: str, occurrence: int, values: Tensor, neutral: float
 ) -> Tensor:
-    """Per-unit `values` of one occurrence of a group laid out along an axis, `rest` elsewhere."""
-    counter = [0]
+    """Per-unit `values` of one occurrence of a group laid out along an axis, `neutral` elsewhere."""
     env = {p.at[0]: torch.tensor([p.at[1]])} if p.at else {}
-    return _lay(p.axes[d], group, occurrence, values, rest, env, 1, counter).flatten()
+    turns = iter(range(10**9))
 
+    def lay(axis: Axis, env: Env, contexts: int) -> Tensor:
+        out = torch.full((1,), neutral, dtype=torch.float64)
+        for f, outer, place in _grid(axis, env, contexts):
+            if isinstance(f, Concat):
+                step = place(torch.cat([lay(part, *outer) for part in f.parts], 1))
+            elif f.name == group and next(turns) == occurrence:
+                step = place(_read(values, f, *outer))
+            else:
+                continue
+            out = torch.where(step == neutral, out, step)
+        return out.expand(contexts, *(f.size for f in axis.factors)).reshape(contexts, -1)
 
-def _lay(
-    axis: Axis,
-    group: str,
-    occurrence: int,
-    values: Tensor,
-    rest: float,
-    env: dict[str, Tensor],
-    contexts: int,
-    counter: list[int],
-) -> Tensor:
-    out = torch.full((contexts, 1), rest, dtype=torch.float64)
-    env = dict(env)
-    for f in axis.factors:
-        rows = out.numel()
-        laid = None
-        if isinstance(f, Concat):
-            laid = torch.cat(
-                [_lay(q, group, occurrence, values, rest, env, rows, counter) for q in f.parts], 1
-            )
-        elif f.name == group:
-            if counter[0] == occurrence:
-                laid = _read(values, f, env, rows).expand(rows, -1)
-            counter[0] += 1
-        flat = out.flatten()[:, None].expand(rows, f.size)
-        out = (flat if laid is None else torch.where(laid == rest, flat, laid)).reshape(-1, 1)
-        env = {k: v.repeat_interleave(f.size) for k, v in env.items()}
-        if isinstance(f, Group):
-            env[f.name] = torch.arange(f.size).repeat(rows)
-    return out.reshape(contexts, -1)
+    return lay(p.axes[d], env, 1).flatten()
 
 
 # ---------------------------------------------------------------------------- group

@@ -90,6 +90,7 @@ def solve(s: Solver, program: Program, on_unknown: str) -> list[Opaque]:
             _freeze(s, ins)
             result = tuple(None for _ in call.outs)
         outs = result if isinstance(result, tuple) else (result,)
+        _follow_points(s, call)
         for value, axes in zip(call.outs, outs, strict=True):
             value.axes = s.fresh(value.shape, fixed=True) if axes is None else list(axes)
             sizes = tuple(s.size(axis) for axis in value.axes)
@@ -106,6 +107,24 @@ def _freeze(s: Solver, values: list[Value]) -> None:
         for axis in value.axes:
             s.freeze(axis)
         if value.points is not None:
+            s.freeze(value.points)
+
+
+_READS_POINTS = frozenset("embedding index index_select gather index_add scatter scatter_add "
+                          "histc sort index_put".split())  # fmt: skip
+_KEEPS_POINTS = frozenset("view _unsafe_view permute transpose t unsqueeze squeeze expand clone "
+                          "alias detach _to_copy slice select unbind split repeat flatten".split())  # fmt: skip
+
+
+def _follow_points(s: Solver, call: Call) -> None:
+    """Indices into an axis may be moved and looked up; used as plain numbers they fix it."""
+    for value in call.ins:
+        if value.points is None or call.name in _READS_POINTS:
+            continue
+        if call.name in _KEEPS_POINTS:
+            for out in call.outs:
+                out.points = value.points
+        else:
             s.freeze(value.points)
 
 

@@ -182,9 +182,10 @@ def _run(
 ) -> Program:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(attributes_restored(module))
         stack.enter_context(evaluation_mode(module))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(_without_onednn())
         recorder = _Recorder(module, known, abstract=abstract)
         if not abstract:
             stack.enter_context(state_restored(module))
@@ -206,6 +207,60 @@ def evaluation_mode(module: nn.Module):
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def attributes_restored(module: nn.Module):
+    """Context after which every submodule has the attributes, buffers and hooks it had before."""
+    tables = ("_parameters", "_buffers", "_modules")
+    saved = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in tables}) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes, entries in saved:
+            if m.__dict__.keys() != attributes.keys() or any(
+                m.__dict__[k] is not v for k, v in attributes.items()
+            ):
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+            for k, table in entries.items():
+                if m.__dict__[k].keys() != table.keys() or any(
+                    m.__dict__[k][n] is not v for n, v in table.items()
+                ):
+                    m.__dict__[k].clear()
+                    m.__dict__[k].update(table)
+
+
+@contextmanager
+def _without_onednn():
+    """Context in which fused oneDNN recurrent kernels are off, so that they are decomposed."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+class double_precision(TorchDispatchMode):  # noqa: N801  (used as a context manager)
+    """Mode in which explicit casts to a lower floating precision keep float64.
+
+    Language models cast to float32 inside norms and attention whatever their own dtype; a proof in
+    float64 needs every step in float64.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype")
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -349,6 +404,8 @@ class _Recorder(TorchDispatchMode):
             return self._factory(func, name, args, kwargs, values)
         if not any(v.kind in (PARAM, ACTIVE) for v in values):
             kind = INPUT if any(v.kind == INPUT for v in values) else CONST
+            if self.abstract and kwargs.get("device") is not None:
+                kwargs = {**kwargs, "device": torch.device("cpu")}
             return self._mark(func(*args, **kwargs), kind)
         has_rule = self.known(name, func)
         if not has_rule and (out := self._decompose(func, args, kwargs)) is not NotImplemented:

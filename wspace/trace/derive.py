@@ -21,6 +21,9 @@ class Naming:
 
     def __init__(self, s: Solver, values: Iterable[Value]) -> None:
         self.s = s
+        values = list(values)
+        while any([self._flatten_cases(axis) for v in values for axis in v.axes]):
+            pass
         self.trees = {id(v): [self._tree(axis) for axis in v.axes] for v in values}
         self.over = self._dependences()
         self._merge_unsplit()
@@ -36,10 +39,6 @@ class Naming:
         for i, a in enumerate(factors):
             parts = s.parts(a)
             if parts is None:
-                case = s.cases(a)
-                if case is not None:  # its index is not a factor before it: no pieces apart
-                    s._forget(a, {case[0]})
-                    return self._tree(axis)
                 out.append(a)
                 continue
             rest = factors[i + 1 :]
@@ -53,6 +52,19 @@ class Naming:
                 return out
             out.append([self._tree(part) for part in parts] if s.free((a,)) else a)
         return out
+
+    def _flatten_cases(self, axis: Atoms) -> bool:
+        """Ends distinctions that an axis cannot express: by an index that is not a factor of it."""
+        s = self.s
+        for i, a in enumerate(factors := s.resolve(axis)):
+            case = s.cases(a)
+            if case is not None and case[0] not in factors[:i]:
+                s._forget(a, {case[0]})
+                return True
+            for j, part in enumerate(s.parts(a) or ()):
+                if self._flatten_cases(part + s._restrict_axis(factors[i + 1 :], a, j)):
+                    return True
+        return False
 
     def _is_fixed(self, atom: int) -> bool:
         return not self.s.free((atom,))
@@ -112,26 +124,22 @@ class Naming:
 
     def _neighbours(self) -> set[tuple[int, int]]:
         """Pairs that occur only as neighbours, in this order."""
-        pairs: set[tuple[int, int]] = set()
-        alone: set[int] = set()
+        before: dict[int, set[int | None]] = {}
+        after: dict[int, set[int | None]] = {}
         for tree in self._axes_trees():
             for run in _runs(tree):
-                i = 0
-                for i, atom in enumerate(run):
-                    if i + 1 < len(run) and isinstance(run[i + 1], int) and isinstance(atom, int):
-                        pairs.add((atom, run[i + 1]))
-                    if isinstance(atom, int):
-                        before = run[i - 1] if i else None
-                        after = run[i + 1] if i + 1 < len(run) else None
-                        alone.add((atom, before, after))  # type: ignore[arg-type]
-        good = set()
-        for a, b in pairs:
-            if a in self.over and b in self.over:
-                uses_a = {after for x, _, after in alone if x == a}  # type: ignore[misc]
-                uses_b = {before for x, before, _ in alone if x == b}  # type: ignore[misc]
-                if uses_a == {b} and uses_b == {a}:
-                    good.add((a, b))
-        return good
+                row = [None, *(n if isinstance(n, int) else None for n in run), None]
+                for i, atom in enumerate(row):
+                    if atom is not None:
+                        before.setdefault(atom, set()).add(row[i - 1])
+                        after.setdefault(atom, set()).add(row[i + 1])
+        return {
+            (a, b)
+            for a, follows in after.items()
+            for b in follows
+            if b is not None and a in self.over and b in self.over
+            if follows == {b} and before[b] == {a}
+        }
 
     def _indistinct(self, a: int, b: int) -> bool:
         raw = self._raw_over

@@ -346,7 +346,7 @@ def _index_put(s: Solver, self: Value, indices: list[Value | None], values: Valu
                     s.freeze(axis)
                 span = max(span, d + len(index.shape))
             else:
-                s.freeze(self.axes[d])
+                _look_up(s, self, d, index)
                 for axis in index.axes:
                     s.freeze(axis)
                 span = max(span, d + 1)

@@ -344,10 +344,10 @@ class Solver:
                 rest = self._restrict_axis(rest, index, j)
             inner = self._take(rest, start - i * step, stop - i * step)
             return None if inner is None else (inner[0], first[1] + inner[1])
-        start, stop = start // step, stop // step
         if lead not in self._concat:
-            self._cut(lead, start, stop)
-        return self._take_parts(lead, rest, start, stop)
+            self._cut(lead, start // step, stop // step)
+            return self._take(axis, start, stop)  # the cut may have merged or refined others
+        return self._take_parts(lead, rest, start // step, stop // step)
 
     def _cut(self, atom: int, start: int, stop: int) -> None:
         sizes = [s for s in (start, stop - start, self._size[atom] - stop) if s]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from wspace.action import Transform, act, sample, shape_of
 from wspace.errors import NotASymmetry, message
 from wspace.space import Group, WeightSpace
-from wspace.trace.capture import evaluation_mode, tensors_in
+from wspace.trace.capture import double_precision, tensors_in
 
 TOLERANCE = 1e-10
 CONTROL = 1e-6
@@ -113,8 +113,8 @@ class _Run:
 
 @contextmanager
 def _sandbox(module: nn.Module, args: Any, kwargs: Any):
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation_mode(module):
-        twin = copy.deepcopy(module).double()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), double_precision():
+        twin = copy.deepcopy(module).double().eval()
         args, kwargs = tree_map_only(
             Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs)
         )
