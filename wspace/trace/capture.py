@@ -16,6 +16,7 @@ and functional code need no special case.
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -66,7 +67,8 @@ class Value:
         self.dtype = tensor.dtype
         self.kind = kind
         self.names = names
-        self.data: Tensor | None = tensor if kind in (INPUT, CONST) else None
+        known = kind in (INPUT, CONST) and not tensor.is_meta
+        self.data: Tensor | None = tensor if known else None
         self.axes: Any = None
         self.origin: Any = None
         self.points: Any = None
@@ -211,24 +213,35 @@ def evaluation_mode(module: nn.Module):
 
 @contextmanager
 def attributes_restored(module: nn.Module):
-    """Context after which every submodule has the attributes, buffers and hooks it had before."""
-    tables = ("_parameters", "_buffers", "_modules")
-    saved = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in tables}) for m in module.modules()]
+    """Context after which every submodule has the attributes it had before.
+
+    Covers buffers, hooks and caches: attributes that were set, and dicts, lists and sets that were
+    changed in place.
+    """
+    saved = []
+    for m in module.modules():
+        held = {k: type(v)(v) for k, v in m.__dict__.items() if type(v) in _CONTAINERS}
+        saved.append((m, dict(m.__dict__), held))
     try:
         yield
     finally:
-        for m, attributes, entries in saved:
-            if m.__dict__.keys() != attributes.keys() or any(
-                m.__dict__[k] is not v for k, v in attributes.items()
-            ):
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-            for k, table in entries.items():
-                if m.__dict__[k].keys() != table.keys() or any(
-                    m.__dict__[k][n] is not v for n, v in table.items()
-                ):
-                    m.__dict__[k].clear()
-                    m.__dict__[k].update(table)
+        for m, attributes, held in saved:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+            for k, before in held.items():
+                now = m.__dict__[k]
+                if len(now) != len(before) or not _same_items(now, before):
+                    now.clear()
+                    now.extend(before) if isinstance(now, list) else now.update(before)
+
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return all(k is j and v is w for (k, v), (j, w) in zip(a.items(), b.items(), strict=True))
+    return isinstance(a, set) or all(x is y for x, y in zip(a, b, strict=True))
 
 
 @contextmanager

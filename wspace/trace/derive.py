@@ -23,7 +23,7 @@ class Naming:
         self.s = s
         values = list(values)
         while any([self._flatten_cases(axis) for v in values for axis in v.axes]):
-            pass
+            s.settle([v.axes for v in values])
         self.trees = {id(v): [self._tree(axis) for axis in v.axes] for v in values}
         self.over = self._dependences()
         self._merge_unsplit()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from wspace.action import Transform, act, sample, shape_of
 from wspace.errors import NotASymmetry, message
 from wspace.space import Group, WeightSpace
-from wspace.trace.capture import double_precision, tensors_in
+from wspace.trace.capture import attributes_restored, double_precision, tensors_in
 
 TOLERANCE = 1e-10
 CONTROL = 1e-6
@@ -105,7 +105,8 @@ class _Run:
             for name, t in self.state.items():
                 t.copy_(state[name])
             torch.manual_seed(0)
-            return [t.detach().clone() for t in tensors_in(self.module(*args, **kwargs))]
+            with attributes_restored(self.module):
+                return [t.detach().clone() for t in tensors_in(self.module(*args, **kwargs))]
         finally:
             for name, t in self.state.items():
                 t.copy_(saved[name])

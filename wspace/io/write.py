@@ -1,0 +1,276 @@
+"""Writing checkpoints: the same layout as before, all of it or nothing."""
+
+import json
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from wspace.errors import CheckpointError
+from wspace.io.layout import (
+    INDEX,
+    TORCH_SUFFIXES,
+    Checkpoint,
+    Layout,
+    State,
+    failure,
+    inside,
+    tied_names,
+)
+
+# Weights in a folder, ours or another framework's: what does not travel with the configuration.
+HEAVY = (".safetensors", *TORCH_SUFFIXES, INDEX, ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
+
+
+def save_checkpoint(
+    state: Mapping[str, Tensor], path: str | Path, *, like: Checkpoint | Layout | None = None
+) -> None:
+    """Writes a state, so that `load_checkpoint(path)` equals it bit for bit, ties included.
+
+    Everything is written beside the target first, so a failed save leaves the old file as it was.
+    (Of a sharded index, the shards are then moved into place one by one, and the index last.)
+    What a training checkpoint holds beyond the weights is kept unless it has tensors: optimizer
+    moments and averages belong to the old weights (`Layout.left_out`).
+
+    Args:
+        state: Tensors by name; those that are the same memory are written once.
+        path: A file; or a folder or an index, if that is what `like` is. A folder has to be new.
+        like: Layout to follow: same shards, metadata, nesting, prefix and ties. The configuration
+            and other small files of a folder are copied. By default the suffix of `path` decides.
+
+    Raises:
+        CheckpointError: If the format cannot hold a tensor, or the path does not fit the layout.
+    """
+    path = Path(path)
+    layout = like.layout if isinstance(like, Checkpoint) else like or _plain(path)
+    _check_target(path, layout)
+    if bad := [f"{name!r}: {fault}" for name, item in state.items() if (fault := _fault(item))]:
+        raise _failure("a value is no tensor that can be saved", got=bad)
+    files, aliases = _plan(state, layout)
+    with _staging(path) as staging:
+        for name, tensors in files.items():
+            alone = layout.index is None and not layout.folder
+            target = staging / (path.name if alone else name)
+            metadata = layout.metadata.get(name, {})
+            if layout.kind == "torch":
+                _write_torch(target, tensors, metadata, layout)
+            else:
+                notes = {alias: kept for alias, kept in aliases.items() if kept in tensors}
+                _write_safetensors(target, tensors, {**metadata, **notes})
+        if layout.index is not None:
+            name = layout.file.name if layout.folder else path.name
+            (staging / name).write_text(_index(files, layout.index), encoding="utf-8")
+        if layout.folder:
+            _copy_small_files(layout.file.parent, staging)
+            staging.replace(path)
+        else:
+            _move(staging, path)
+
+
+def _plain(path: Path) -> Layout:
+    if path.suffix == ".safetensors":
+        return Layout("safetensors", path, metadata={path.name: {"format": "pt"}})
+    if path.suffix in TORCH_SUFFIXES:
+        return Layout("torch", path)
+    kinds = ", ".join((".safetensors", *TORCH_SUFFIXES))
+    raise _failure(
+        f"{path} names no format", expected=f"a suffix {kinds}", help="or pass `like=` a checkpoint"
+    )
+
+
+def _check_target(path: Path, layout: Layout) -> None:
+    """Refuses a path that does not fit the layout, or that would hide or destroy other files."""
+    if not path.parent.is_dir():
+        raise _failure(f"there is no folder {path.parent}", help="create it")
+    if layout.folder:
+        if path.suffix in {".safetensors", *TORCH_SUFFIXES} or path.name.endswith(INDEX):
+            raise _failure(f"{path} names a file", expected="a folder, as `like` is one")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            expected = "a new or empty folder"
+            raise _failure(f"{path} is in use", expected=expected, help="choose another folder")
+        return
+    if path.is_dir():
+        raise _failure(f"{path} is a folder", expected="a file, as `like` is one")
+    wanted = "".join(layout.file.suffixes[-2:]) if layout.index is not None else path.suffix
+    suffixes = (".safetensors",) if layout.kind == "safetensors" else TORCH_SUFFIXES
+    if layout.index is not None:
+        suffixes = (INDEX,)
+    if not path.name.endswith(suffixes):
+        expected = f"a name that ends in {' or '.join(suffixes)}, as that of `like`"
+        raise _failure(f"{path} does not fit the layout", expected=expected, got=wanted)
+    taken = [name for name in set(layout.shards.values()) if (path.parent / name).exists()]
+    if layout.index is not None and taken and not path.exists():
+        got = [f"{name} of another checkpoint" for name in sorted(taken)]
+        raise _failure(f"{path} would overwrite shards", got=got, help="choose another folder")
+
+
+def _fault(item: object) -> str:
+    if not isinstance(item, Tensor):
+        return f"is {type(item).__name__}"
+    return "is on the meta device, it has no values" if item.is_meta else ""
+
+
+# --- what goes where -------------------------------------------------------------------------------
+
+
+def _plan(
+    state: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, State], dict[str, str]]:
+    """Tensors of each file by stored name, and stored aliases → the name that is written."""
+    default = list(layout.shards.values())[-1] if layout.shards else layout.file.name
+    if layout.index is not None and not layout.shards:
+        default = "model-00001-of-00001" + (".safetensors" if layout.kind == "safetensors" else ".bin")
+    files: dict[str, State] = {name: {} for name in dict.fromkeys(layout.shards.values())}
+    files = files if layout.index is not None else {default: {}}
+    aliases: dict[str, str] = {}
+    kept_of = _kept(state, layout)
+    for name, tensor in state.items():
+        stored = layout.stored.get(name, layout.prefix + name)
+        kept = kept_of[name]
+        if layout.kind == "torch" or kept == name or name in layout.shards:
+            files.setdefault(layout.shards.get(name, default), {})[stored] = state[kept]
+        elif name not in layout.implied:
+            aliases[stored] = layout.stored.get(kept, layout.prefix + kept)
+        del tensor
+    return {name: tensors for name, tensors in files.items() if tensors or len(files) == 1}, aliases
+
+
+def _kept(state: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
+    """For each name the one it is written under; names of one tensor share it.
+
+    Ties of the layout hold on if their tensors are still equal: a state that was computed has lost
+    the identity of tensors, not their equality.
+    """
+    kept: dict[str, str] = {}
+    for group in tied_names(state):
+        first = next((name for name in group if name in layout.shards), group[0])
+        kept |= dict.fromkeys(group, first)
+    for group in layout.ties:
+        there = [name for name in group if name in state]
+        for name in there[1:]:
+            if _same(state[there[0]], state[name]):
+                old, new = kept[name], kept[there[0]]
+                kept |= {other: new for other, first in kept.items() if first == old}
+    return kept
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits (NaN equals itself, -0 differs from 0)."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout is not torch.strided:
+        return False
+    left, right = (item.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for item in (a, b))
+    return torch.equal(left, right)
+
+
+def _index(files: Mapping[str, State], metadata: Mapping[str, Any]) -> str:
+    where = {name: file for file, tensors in files.items() for name in tensors}
+    tensors = [tensor for state in files.values() for tensor in state.values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    metadata = dict(metadata)
+    if metadata.get("total_size", size) != size:
+        metadata["total_size"] = size
+        if "total_parameters" in metadata:
+            metadata["total_parameters"] = sum(tensor.numel() for tensor in tensors)
+    content = {"metadata": metadata, "weight_map": where}
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def _write_safetensors(target: Path, tensors: State, metadata: Mapping[str, str]) -> None:
+    ready: State = {}
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise _failure("safetensors holds dense tensors only", got=f"{name!r}, {tensor.layout}")
+        ready[name] = tensor.detach().cpu().contiguous()
+    for name in [name for group in _sharing(ready) for name in group[1:]]:
+        ready[name] = ready[name].clone()
+    try:
+        safetensors.torch.save_file(ready, target, metadata=dict(metadata) or None)
+    except Exception as error:
+        bad = [f"{name!r} of {item.dtype}" for name, item in ready.items() if not _holds(item.dtype)]
+        raise _failure(
+            "safetensors cannot hold the state",
+            got=bad or str(error),
+            help="convert the tensors, or save a .pt file",
+        ) from error
+
+
+def _holds(dtype: torch.dtype) -> bool:
+    try:
+        safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})
+    except Exception:
+        return False
+    return True
+
+
+def _sharing(tensors: State) -> list[list[str]]:
+    """Names grouped by storage."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    return list(groups.values())
+
+
+def _write_torch(target: Path, tensors: State, versions: Mapping[str, Any], layout: Layout) -> None:
+    ready: dict[int, Tensor] = {}
+    weights: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in tensors.items():  # one object per tensor, so that torch writes ties once
+        ready.setdefault(id(tensor), _compact(tensor))
+        weights[name] = ready[id(tensor)]
+    if versions:
+        weights._metadata = versions  # pyright: ignore  # as `Module.state_dict` does
+    content: Any = weights
+    for key, siblings in reversed(list(zip(layout.nesting, layout.siblings, strict=True))):
+        content = {**siblings, key: content}
+    try:
+        torch.save(content, target)
+    except Exception as error:
+        raise _failure(f"{target.name} cannot be written", got=str(error)) from error
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor without the rest of a larger storage, which torch would write too."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout is not torch.strided:
+        return tensor
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """Folder beside the target that is gone afterwards, whatever happens."""
+    outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        inner = outer / "new"  # with the usual permissions, which mkdtemp does not give
+        inner.mkdir()
+        yield inner
+    finally:
+        shutil.rmtree(outer)
+
+
+def _move(staging: Path, path: Path) -> None:
+    rest = [item for item in staging.iterdir() if item.name != path.name]
+    for item in [*rest, staging / path.name]:
+        item.replace(path.parent / item.name)
+
+
+def _copy_small_files(source: Path, target: Path) -> None:
+    for item in source.iterdir():
+        if item.is_file() and not item.name.endswith(HEAVY):
+            shutil.copyfile(inside(source, item.name), target / item.name)
+
+
+def _failure(
+    what: str, *, expected: str = "", got: str | list[str] = "", help: str = ""
+) -> CheckpointError:
+    return failure(what, verb="save_checkpoint", expected=expected, got=got, help=help)
