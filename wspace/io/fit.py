@@ -9,7 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from wspace.io.layout import Checkpoint, Layout, State, failure, tied_names
+from wspace.errors import CheckpointError
+from wspace.io.layout import Checkpoint, Layout, State, text, tied_names
 
 
 @overload
@@ -29,7 +30,7 @@ def fit_checkpoint(state: Mapping[str, Tensor], module: nn.Module) -> State:
         module: Whose names, shapes and ties decide.
 
     Returns:
-        The tensors of `state` in the order of `module.state_dict()`; a Checkpoint if `state` is one.
+        Tensors of `state` in the order of `module.state_dict()`; a Checkpoint if `state` is one.
 
     Raises:
         CheckpointError: Listing all names that are missing, unexpected or of another shape.
@@ -46,13 +47,17 @@ def fit_checkpoint(state: Mapping[str, Tensor], module: nn.Module) -> State:
             names |= {name: names[there[0]] for name in group if name not in names}
     if problems := _problems({name: state[old] for name, old in names.items()}, wanted, groups):
         renamed = f", {strip!r} replaced by {add!r}" if strip or add else ""
-        raise failure(
-            f"the checkpoint does not fit {type(module).__name__}{renamed}",
-            verb="fit_checkpoint",
-            expected="every parameter and persistent buffer of the module, and no other",
-            got=problems,
-            help="build the module from the configuration that the weights were trained with",
+        raise CheckpointError(
+            text(
+                f"the checkpoint does not fit {type(module).__name__}{renamed}",
+                verb="fit_checkpoint",
+                expected="every parameter and persistent buffer of the module, and no other",
+                got=problems,
+                help="build the module from the configuration that the weights were trained with",
+            )
         )
+    for group in groups:  # the file may hold equal copies
+        names |= dict.fromkeys(group, names[group[0]])
     fitted = {name: state[names[name]] for name in wanted}
     if not isinstance(state, Checkpoint):
         return fitted
@@ -74,12 +79,14 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     fitted = fit_checkpoint(state, module)
     wanted = _wanted(module)
     if bad := [name for name in fitted if fitted[name].is_meta or wanted[name].is_meta]:
-        raise failure(
-            "values cannot be copied",
-            verb="load_into",
-            expected="tensors with values on both sides",
-            got=[f"{name} on the meta device" for name in bad],
-            help="build the module on a real device",
+        raise CheckpointError(
+            text(
+                "values cannot be copied",
+                verb="load_into",
+                expected="tensors with values on both sides",
+                got=[f"{name} on the meta device" for name in bad],
+                help="build the module on a real device",
+            )
         )
     with torch.no_grad():
         for name, tensor in fitted.items():
@@ -131,8 +138,7 @@ def _problems(
     """One line for each name that does not fit."""
     problems = [f"missing {name} {_shape(wanted[name])}" for name in wanted if name not in found]
     problems += [f"unexpected {name} {_shape(found[name])}" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        new, old = found[name], wanted[name]
+    for name, new, old in [(name, found[name], wanted[name]) for name in wanted if name in found]:
         if new.shape != old.shape:
             problems.append(f"{name} of shape {_shape(new)}, the module's is {_shape(old)}")
         elif not torch.can_cast(new.dtype, old.dtype):
@@ -148,7 +154,7 @@ def _problems(
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and (a.is_meta or bool(((a == b) | (a != a) & (b != b)).all()))
+    return a.shape == b.shape and (a.is_meta or torch.allclose(a, b, 0, 0, equal_nan=True))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -89,6 +89,13 @@ def inside(folder: Path, name: str) -> Path:
     The cache of the Hugging Face hub links every file of a snapshot to a folder of blobs beside the
     snapshots; those links are followed.
 
+    Args:
+        folder: Where the file has to be.
+        name: Its name, perhaps with subfolders; not trusted.
+
+    Returns:
+        The path, which need not exist.
+
     Raises:
         CheckpointError: If the name leads out of the folder, by itself or through a link.
     """
@@ -98,11 +105,13 @@ def inside(folder: Path, name: str) -> Path:
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
     if Path(name).is_absolute() or not any(target.is_relative_to(place) for place in allowed):
-        raise failure(
-            f"{folder} points outside of itself",
-            expected="names of files in that folder",
-            got=f"{name!r}, which is {target}",
-            help="copy the file into the folder if you trust it",
+        raise CheckpointError(
+            text(
+                f"{folder} points outside of itself",
+                expected="names of files in that folder",
+                got=f"{name!r}, which is {target}",
+                help="copy the file into the folder if you trust it",
+            )
         )
     return folder / name
 
@@ -122,13 +131,13 @@ def _identity(tensor: Tensor) -> object:
     return (*place, tuple(tensor.shape), tuple(tensor.stride()))
 
 
-def failure(
+def text(
     what: str,
     *,
     verb: str = "load_checkpoint",
     expected: str = "",
     got: str | list[str] = "",
     help: str = "",
-) -> CheckpointError:
-    """Error of a checkpoint, to be raised; the arguments are those of `wspace.errors.message`."""
-    return CheckpointError(message(f"{verb}: {what}", expected=expected, got=got, help=help))
+) -> str:
+    """Text of a CheckpointError; the arguments are those of `wspace.errors.message`."""
+    return message(f"{verb}: {what}", expected=expected, got=got, help=help)

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from wspace.errors import CheckpointError
 from wspace.io.fit import fit_checkpoint
 from wspace.io.layout import (
     INDEX,
@@ -18,8 +19,8 @@ from wspace.io.layout import (
     Checkpoint,
     Layout,
     State,
-    failure,
     inside,
+    text,
     tied_names,
 )
 
@@ -58,20 +59,24 @@ def load_checkpoint(
     """
     path = Path(path)
     if not path.exists():
-        raise failure(f"there is no {path}", help="check the path; nothing is ever downloaded")
+        raise CheckpointError(
+            text(f"there is no {path}", help="check the path; nothing is ever downloaded")
+        )
     file = path
     if path.is_dir():
         found = weights_file(path)
         if found is None:
             expected = f"one of {', '.join(FOLDER_FILES)}"
-            raise failure(f"folder {path} holds no weights", expected=expected)
+            raise CheckpointError(text(f"folder {path} holds no weights", expected=expected))
         file = found
     if file.name.endswith(INDEX):
         tensors, layout = _load_shards(file)
     else:
         tensors, layout = _load_file(file, key)
     if key is not None and (layout.kind == "safetensors" or layout.index is not None):
-        raise failure(f"{file} holds one state", got=f"key={key!r}", help="leave `key` out")
+        raise CheckpointError(
+            text(f"{file} holds one state", got=f"key={key!r}", help="leave `key` out")
+        )
     layout = replace(layout, folder=path.is_dir())
     checkpoint = _unwrapped(tensors, layout)
     return checkpoint if module is None else fit_checkpoint(checkpoint, module)
@@ -98,7 +103,9 @@ def weights_file(folder: str | Path) -> Path | None:
     found = indices or [name for name in files if name.endswith((".safetensors", *TORCH_SUFFIXES))]
     if len(found) > 1:
         help = "pass the path of one of them"
-        raise failure(f"folder {folder} holds several weight files", got=found, help=help)
+        raise CheckpointError(
+            text(f"folder {folder} holds several weight files", got=found, help=help)
+        )
     return inside(folder, found[0]) if found else None
 
 
@@ -122,7 +129,7 @@ def _unwrapped(tensors: State, layout: Layout) -> Checkpoint:
     return Checkpoint(state, layout)
 
 
-# --- files and shards ------------------------------------------------------------------------------
+# --- files and shards -----------------------------------------------------------------------------
 
 
 def _load_file(file: Path, key: str | None = None) -> tuple[State, Layout]:
@@ -136,7 +143,9 @@ def _load_file(file: Path, key: str | None = None) -> tuple[State, Layout]:
         return tensors, Layout("safetensors", file, shards=shards, metadata={file.name: rest})
     if file.suffix not in TORCH_SUFFIXES:
         kinds = ", ".join((".safetensors", *TORCH_SUFFIXES, f"*{INDEX}"))
-        raise failure(f"{file} is of no known format", expected=f"a folder, or one of {kinds}")
+        raise CheckpointError(
+            text(f"{file} is of no known format", expected=f"a folder, or one of {kinds}")
+        )
     content = _read_torch(file)
     nesting, weights = _find_weights(content, key, file)
     siblings, left_out = _siblings(content, nesting)
@@ -159,15 +168,19 @@ def _load_shards(index: Path) -> tuple[State, Layout]:
     metadata = content.get("metadata", {})
     if not _is_table(where) or not isinstance(metadata, dict):
         expected = "an object `weight_map` from names of tensors to names of files"
-        raise failure(f"{index} is not an index of shards", expected=expected, help=AGAIN)
+        raise CheckpointError(
+            text(f"{index} is not an index of shards", expected=expected, help=AGAIN)
+        )
     shards = {name: inside(folder, name) for name in dict.fromkeys(where.values())}
     lost = [f"no file {name!r}" for name, file in shards.items() if not file.is_file()]
     if lost:
-        raise failure(f"{index} names shards that are not there", got=lost, help=AGAIN)
+        raise CheckpointError(
+            text(f"{index} names shards that are not there", got=lost, help=AGAIN)
+        )
     parts = {name: _load_file(file) for name, file in shards.items()}
     layouts = {name: layout for name, (_, layout) in parts.items()}
     if problems := _index_problems(where, parts):
-        raise failure(f"{index} and its shards disagree", got=problems, help=AGAIN)
+        raise CheckpointError(text(f"{index} and its shards disagree", got=problems, help=AGAIN))
     tensors: State = {}
     for part, _ in parts.values():
         tensors |= part
@@ -179,14 +192,15 @@ def _load_shards(index: Path) -> tuple[State, Layout]:
         shards={name: file for name, file in where.items() if name in layouts[file].shards},
         metadata={name: layout.metadata[name] for name, layout in layouts.items()},
     )
-    # File order: that of the index, then aliases.
-    return {name: tensors[name] for name in [*where, *tensors.keys() - where.keys()]}, layout
+    return {name: tensors[name] for name in dict.fromkeys([*where, *tensors])}, layout
 
 
 def _index_problems(
     where: Mapping[str, str], parts: Mapping[str, tuple[State, Layout]]
 ) -> list[str]:
-    problems = [f"no {name!r} in {file}" for name, file in where.items() if name not in parts[file][0]]
+    problems = [
+        f"no {name!r} in {file}" for name, file in where.items() if name not in parts[file][0]
+    ]
     owner: dict[str, str] = {}
     for file, (_, layout) in parts.items():
         if layout.nesting:
@@ -208,7 +222,7 @@ def _is_table(item: object) -> TypeGuard[dict[str, str]]:
     )
 
 
-# --- safetensors -----------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 
 def _read_safetensors(file: Path) -> tuple[State, dict[str, str]]:
@@ -218,23 +232,27 @@ def _read_safetensors(file: Path) -> tuple[State, dict[str, str]]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in header}, metadata
     except Exception as error:
-        raise failure(f"{file} has a corrupt header", got=str(error), help=AGAIN) from error
+        raise CheckpointError(
+            text(f"{file} has a corrupt header", got=str(error), help=AGAIN)
+        ) from error
 
 
 def _header(file: Path) -> dict[str, Any]:
     """Names and places of the tensors (safe_open says nothing of names that occur twice)."""
     size = file.stat().st_size
     if size == 0:
-        raise failure(f"{file} is empty", help=AGAIN)
+        raise CheckpointError(text(f"{file} is empty", help=AGAIN))
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         space = size - 8 - length
         if space < 0:
-            raise failure(
-                f"{file} is truncated, or not a safetensors file",
-                expected=f"a header of {length} bytes",
-                got=f"{max(size - 8, 0)} bytes",
-                help=AGAIN,
+            raise CheckpointError(
+                text(
+                    f"{file} is truncated, or not a safetensors file",
+                    expected=f"a header of {length} bytes",
+                    got=f"{max(size - 8, 0)} bytes",
+                    help=AGAIN,
+                )
             )
         header = _json(opened.read(length), file)
     try:
@@ -242,10 +260,12 @@ def _header(file: Path) -> dict[str, Any]:
         end = max(places, default=0)
         missing = end - space
     except (TypeError, KeyError, IndexError) as error:
-        raise failure(f"{file} has a corrupt header", got=repr(error), help=AGAIN) from error
+        raise CheckpointError(
+            text(f"{file} has a corrupt header", got=repr(error), help=AGAIN)
+        ) from error
     if missing > 0:
         expected, got = f"{end} bytes of data", f"{space} bytes"
-        raise failure(f"{file} is truncated", expected=expected, got=got, help=AGAIN)
+        raise CheckpointError(text(f"{file} is truncated", expected=expected, got=got, help=AGAIN))
     return header
 
 
@@ -255,39 +275,45 @@ def _json(text: bytes, file: Path) -> dict[str, Any]:
         if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = sorted(name for name in content if names.count(name) > 1)
-            raise failure(f"{file} names something twice", got=twice, help=AGAIN)
+            raise CheckpointError(text(f"{file} names something twice", got=twice, help=AGAIN))
         return content
 
     try:
         content = json.loads(text, object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         what = "has a corrupt header" if file.suffix == ".safetensors" else "is not JSON"
-        raise failure(f"{file} {what}", got=str(error), help=AGAIN) from error
+        raise CheckpointError(text(f"{file} {what}", got=str(error), help=AGAIN)) from error
     if not isinstance(content, dict):
         got = type(content).__name__
-        raise failure(f"{file} is corrupt", expected="a JSON object", got=got, help=AGAIN)
+        raise CheckpointError(
+            text(f"{file} is corrupt", expected="a JSON object", got=got, help=AGAIN)
+        )
     return cast(dict[str, Any], content)
 
 
-# --- torch -----------------------------------------------------------------------------------------
+# --- torch ----------------------------------------------------------------------------------------
 
 
 def _read_torch(file: Path) -> object:
     if file.stat().st_size == 0:
-        raise failure(f"{file} is empty", help=AGAIN)
+        raise CheckpointError(text(f"{file} is empty", help=AGAIN))
     with file.open("rb") as opened:
         zipped = opened.read(4) == b"PK\x03\x04"  # the format before torch 1.6 cannot be mapped
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise failure(
-                f"{file} asks to run code",
-                expected="tensors, numbers, strings and containers of them",
-                got=found[1],
-                help="it was not run; ask for safetensors, or for `module.state_dict()` alone",
+            raise CheckpointError(
+                text(
+                    f"{file} asks to run code",
+                    expected="tensors, numbers, strings and containers of them",
+                    got=found[1],
+                    help="it was not run; ask for safetensors, or for `module.state_dict()` alone",
+                )
             ) from error
-        raise failure(f"{file} is damaged", got=str(error).split("\n")[0], help=AGAIN) from error
+        raise CheckpointError(
+            text(f"{file} is damaged", got=str(error).split("\n")[0], help=AGAIN)
+        ) from error
 
 
 def _find_weights(
@@ -299,15 +325,20 @@ def _find_weights(
     if key is not None:
         found = {path: item for path, item in found.items() if ".".join(path) == key}
     if len(found) != 1:
-        raise failure(
-            f"{file} holds {len(labels) or 'no'} states" + (f", none at {key!r}" if key else ""),
-            expected="one mapping from names to tensors",
-            got=[repr(label) for label in labels] or type(content).__name__,
-            help='choose one by key="..."' if labels else "save `module.state_dict()`",
+        raise CheckpointError(
+            text(
+                f"{file} holds {len(labels) or 'no'} states"
+                + (f", none at {key!r}" if key else ""),
+                expected="one mapping from names to tensors",
+                got=[repr(label) for label in labels] or type(content).__name__,
+                help='choose one by key="..."' if labels else "save `module.state_dict()`",
+            )
         )
     ((path, weights),) = found.items()
     if bad := [f"{name!r} is {_type(item)}" for name, item in weights.items() if not _is(item)]:
-        raise failure(f"{file} holds values that are not tensors", got=bad, help="leave them out")
+        raise CheckpointError(
+            text(f"{file} holds values that are not tensors", got=bad, help="leave them out")
+        )
     return path, weights
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from wspace.io.layout import (
     Checkpoint,
     Layout,
     State,
-    failure,
     inside,
+    text,
     tied_names,
 )
 
@@ -52,7 +52,7 @@ def save_checkpoint(
     layout = like.layout if isinstance(like, Checkpoint) else like or _plain(path)
     _check_target(path, layout)
     if bad := [f"{name!r}: {fault}" for name, item in state.items() if (fault := _fault(item))]:
-        raise _failure("a value is no tensor that can be saved", got=bad)
+        raise CheckpointError(_text("a value is no tensor that can be saved", got=bad))
     files, aliases = _plan(state, layout)
     with _staging(path) as staging:
         for name, tensors in files.items():
@@ -80,35 +80,44 @@ def _plain(path: Path) -> Layout:
     if path.suffix in TORCH_SUFFIXES:
         return Layout("torch", path)
     kinds = ", ".join((".safetensors", *TORCH_SUFFIXES))
-    raise _failure(
-        f"{path} names no format", expected=f"a suffix {kinds}", help="or pass `like=` a checkpoint"
+    raise CheckpointError(
+        _text(
+            f"{path} names no format",
+            expected=f"a suffix {kinds}",
+            help="or pass `like=` a checkpoint",
+        )
     )
 
 
 def _check_target(path: Path, layout: Layout) -> None:
     """Refuses a path that does not fit the layout, or that would hide or destroy other files."""
     if not path.parent.is_dir():
-        raise _failure(f"there is no folder {path.parent}", help="create it")
+        raise CheckpointError(_text(f"there is no folder {path.parent}", help="create it"))
     if layout.folder:
         if path.suffix in {".safetensors", *TORCH_SUFFIXES} or path.name.endswith(INDEX):
-            raise _failure(f"{path} names a file", expected="a folder, as `like` is one")
+            raise CheckpointError(
+                _text(f"{path} names a file", expected="a folder, as `like` is one")
+            )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             expected = "a new or empty folder"
-            raise _failure(f"{path} is in use", expected=expected, help="choose another folder")
+            raise CheckpointError(
+                _text(f"{path} is in use", expected=expected, help="choose another folder")
+            )
         return
     if path.is_dir():
-        raise _failure(f"{path} is a folder", expected="a file, as `like` is one")
-    wanted = "".join(layout.file.suffixes[-2:]) if layout.index is not None else path.suffix
+        raise CheckpointError(_text(f"{path} is a folder", expected="a file, as `like` is one"))
     suffixes = (".safetensors",) if layout.kind == "safetensors" else TORCH_SUFFIXES
     if layout.index is not None:
         suffixes = (INDEX,)
     if not path.name.endswith(suffixes):
         expected = f"a name that ends in {' or '.join(suffixes)}, as that of `like`"
-        raise _failure(f"{path} does not fit the layout", expected=expected, got=wanted)
+        raise CheckpointError(_text(f"{path} does not fit the layout", expected=expected))
     taken = [name for name in set(layout.shards.values()) if (path.parent / name).exists()]
     if layout.index is not None and taken and not path.exists():
         got = [f"{name} of another checkpoint" for name in sorted(taken)]
-        raise _failure(f"{path} would overwrite shards", got=got, help="choose another folder")
+        raise CheckpointError(
+            _text(f"{path} would overwrite shards", got=got, help="choose another folder")
+        )
 
 
 def _fault(item: object) -> str:
@@ -117,55 +126,55 @@ def _fault(item: object) -> str:
     return "is on the meta device, it has no values" if item.is_meta else ""
 
 
-# --- what goes where -------------------------------------------------------------------------------
+# --- what goes where ------------------------------------------------------------------------------
 
 
-def _plan(
-    state: Mapping[str, Tensor], layout: Layout
-) -> tuple[dict[str, State], dict[str, str]]:
+def _plan(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, State], dict[str, str]]:
     """Tensors of each file by stored name, and stored aliases → the name that is written."""
-    default = list(layout.shards.values())[-1] if layout.shards else layout.file.name
-    if layout.index is not None and not layout.shards:
-        default = "model-00001-of-00001" + (".safetensors" if layout.kind == "safetensors" else ".bin")
+    stored = {name: layout.stored.get(name, layout.prefix + name) for name in state}
+    if len(set(stored.values())) < len(stored):
+        twice = sorted({old for old in stored.values() if list(stored.values()).count(old) > 1})
+        raise CheckpointError(
+            _text("two tensors would get one name", got=twice, help="rename one of them")
+        )
     files: dict[str, State] = {name: {} for name in dict.fromkeys(layout.shards.values())}
-    files = files if layout.index is not None else {default: {}}
+    if not files:
+        files = {layout.file.name.removesuffix(INDEX): {}}
+    last = list(files)[-1]
     aliases: dict[str, str] = {}
-    kept_of = _kept(state, layout)
-    for name, tensor in state.items():
-        stored = layout.stored.get(name, layout.prefix + name)
-        kept = kept_of[name]
+    for name, kept in _kept(state, layout).items():
         if layout.kind == "torch" or kept == name or name in layout.shards:
-            files.setdefault(layout.shards.get(name, default), {})[stored] = state[kept]
+            files[layout.shards.get(name, last)][stored[name]] = state[kept]
         elif name not in layout.implied:
-            aliases[stored] = layout.stored.get(kept, layout.prefix + kept)
-        del tensor
-    return {name: tensors for name, tensors in files.items() if tensors or len(files) == 1}, aliases
+            aliases[stored[name]] = stored[kept]
+    full = {name: tensors for name, tensors in files.items() if tensors}
+    return full or {last: {}}, aliases
 
 
 def _kept(state: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
-    """For each name the one it is written under; names of one tensor share it.
-
-    Ties of the layout hold on if their tensors are still equal: a state that was computed has lost
-    the identity of tensors, not their equality.
-    """
+    """For each name the one it is written under; names of one tensor share it."""
     kept: dict[str, str] = {}
     for group in tied_names(state):
         first = next((name for name in group if name in layout.shards), group[0])
         kept |= dict.fromkeys(group, first)
+    # A state that was computed has lost the identity of tied tensors, not their equality.
     for group in layout.ties:
         there = [name for name in group if name in state]
+        there.sort(key=lambda name: name not in layout.shards)
         for name in there[1:]:
             if _same(state[there[0]], state[name]):
                 old, new = kept[name], kept[there[0]]
                 kept |= {other: new for other, first in kept.items() if first == old}
-    return kept
+    return {name: kept[name] for name in state}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same bits (NaN equals itself, -0 differs from 0)."""
     if a.shape != b.shape or a.dtype != b.dtype or a.layout is not torch.strided:
         return False
-    left, right = (item.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for item in (a, b))
+    left, right = (
+        item.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for item in (a, b)
+    )
     return torch.equal(left, right)
 
 
@@ -182,25 +191,31 @@ def _index(files: Mapping[str, State], metadata: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _write_safetensors(target: Path, tensors: State, metadata: Mapping[str, str]) -> None:
     ready: State = {}
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
-            raise _failure("safetensors holds dense tensors only", got=f"{name!r}, {tensor.layout}")
+            raise CheckpointError(
+                _text("safetensors holds dense tensors only", got=f"{name!r}, {tensor.layout}")
+            )
         ready[name] = tensor.detach().cpu().contiguous()
     for name in [name for group in _sharing(ready) for name in group[1:]]:
         ready[name] = ready[name].clone()
     try:
         safetensors.torch.save_file(ready, target, metadata=dict(metadata) or None)
     except Exception as error:
-        bad = [f"{name!r} of {item.dtype}" for name, item in ready.items() if not _holds(item.dtype)]
-        raise _failure(
-            "safetensors cannot hold the state",
-            got=bad or str(error),
-            help="convert the tensors, or save a .pt file",
+        bad = [
+            f"{name!r} of {item.dtype}" for name, item in ready.items() if not _holds(item.dtype)
+        ]
+        raise CheckpointError(
+            _text(
+                "safetensors cannot hold the state",
+                got=bad or str(error),
+                help="convert the tensors, or save a .pt file",
+            )
         ) from error
 
 
@@ -234,7 +249,7 @@ def _write_torch(target: Path, tensors: State, versions: Mapping[str, Any], layo
     try:
         torch.save(content, target)
     except Exception as error:
-        raise _failure(f"{target.name} cannot be written", got=str(error)) from error
+        raise CheckpointError(_text(f"{target.name} cannot be written", got=str(error))) from error
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -247,7 +262,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _staging(path: Path) -> Iterator[Path]:
+def _staging(path: Path) -> Generator[Path]:
     """Folder beside the target that is gone afterwards, whatever happens."""
     outer = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -270,7 +285,5 @@ def _copy_small_files(source: Path, target: Path) -> None:
             shutil.copyfile(inside(source, item.name), target / item.name)
 
 
-def _failure(
-    what: str, *, expected: str = "", got: str | list[str] = "", help: str = ""
-) -> CheckpointError:
-    return failure(what, verb="save_checkpoint", expected=expected, got=got, help=help)
+def _text(what: str, *, expected: str = "", got: str | list[str] = "", help: str = "") -> str:
+    return text(what, verb="save_checkpoint", expected=expected, got=got, help=help)

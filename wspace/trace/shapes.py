@@ -96,11 +96,15 @@ def _slice(s: Solver, self: Value, call: Call) -> Result:
     rank, d = len(self.shape), bound["dim"] % len(self.shape)
     size = self.shape[d]
     length = call.outs[0].shape[d]
-    if bound.get("step", 1) != 1 or length == 0:
+    step, start = bound.get("step", 1), bound.get("start") or 0
+    start = min(max(start + size if start < 0 else start, 0), size)
+    if step > 1 and s.free(self.axes[d]) and size == length * step and start < step:
+        axes = [*self.axes[:d], *s.reshape([self.axes[d]], [length, step]), *self.axes[d + 1 :]]
+        axes = s.narrow(axes, d + 1, start, start + 1)
+        return axes[: d + 1] + axes[d + 2 :]
+    if step != 1 or length == 0:
         s.freeze(self.axes[d])
         return [s.atom(length, fixed=True) if i == d else self.axes[i] for i in range(rank)]
-    start = bound.get("start") or 0
-    start = min(max(start + size if start < 0 else start, 0), size)
     return s.narrow(self.axes, d, start, start + length)
 
 
@@ -196,7 +200,8 @@ def _reorder(s: Solver, self: Value, call: Call) -> Result:
 @rule("as_strided", "as_strided_scatter")
 def _as_strided(s: Solver, self: Value, call: Call) -> Result:
     out = call.outs[0].shape
-    if out == self.shape and list(arguments(call)["stride"]) == _contiguous(out):
+    strides = zip(arguments(call)["stride"], _contiguous(out), out, strict=True)
+    if out == self.shape and all(a == b for a, b, size in strides if size > 1):
         return list(self.axes)
     return None  # type: ignore[return-value]
 
@@ -267,6 +272,27 @@ def _constant(data: Any) -> bool:
 def _embedding(s: Solver, weight: Value, indices: Value) -> Result:
     _look_up(s, weight, 0, indices)
     return [*indices.axes, weight.axes[1]]
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(s: Solver, weight: Value, indices: Value, call: Call) -> Result:
+    _look_up(s, weight, 0, indices)
+    for value in call.ins[1:]:
+        for axis in value.axes:
+            s.freeze(axis)
+    bags = s.atom(call.outs[0].shape[0], fixed=True)
+    return ([bags, weight.axes[1]], *(None for _ in call.outs[1:]))
+
+
+@rule("view_as_complex")
+def _view_as_complex(s: Solver, self: Value) -> Result:
+    s.freeze(self.axes[-1])
+    return list(self.axes[:-1])
+
+
+@rule("view_as_real")
+def _view_as_real(s: Solver, self: Value) -> Result:
+    return [*self.axes, s.atom(2, fixed=True)]
 
 
 @rule("index_select")

@@ -193,13 +193,6 @@ class Solver:
             for j, piece in enumerate(case.pieces):
                 self.unify(piece, self._restrict_axis(axis, case.index, j))
 
-    def _bind_concat(self, atom: int, parts: list[Axis]) -> None:
-        case = self._cases.pop(atom, None)
-        self._concat[atom] = parts
-        if case is not None:  # pieces of a piece: give up the outer distinction
-            for piece in case.pieces:
-                self.unify(piece, (atom,))
-
     def _merge(self, x: int, y: int) -> None:
         x, y = self.find(x), self.find(y)
         if x == y:
@@ -335,7 +328,7 @@ class Solver:
         step = self.size(rest)
         if start % step or stop % step:
             if start // step != (stop - 1) // step:
-                return None
+                return self._take_ragged(axis, start, stop, step)
             i = start // step
             first = self._take((lead,), i, i + 1)
             if first is None:
@@ -349,10 +342,36 @@ class Solver:
             return self._take(axis, start, stop)  # the cut may have merged or refined others
         return self._take_parts(lead, rest, start // step, stop // step)
 
+    def _take_ragged(
+        self, axis: Axis, start: int, stop: int, step: int
+    ) -> tuple[Axis, list[tuple[int, int]]] | None:
+        """Indices whose ends lie inside an index of the leading factor, cut at those."""
+        inner = {c for c in (-(-start // step) * step, stop // step * step) if start < c < stop}
+        pieces = []
+        for a, b in pairwise(sorted({start, stop, *inner})):
+            taken = self._take(axis, a, b)
+            if taken is None:
+                return None
+            pieces.append(taken[0])
+        return self.concat(pieces), []
+
     def _cut(self, atom: int, start: int, stop: int) -> None:
-        sizes = [s for s in (start, stop - start, self._size[atom] - stop) if s]
+        """Binds an atom to a concatenation with cuts at `start` and `stop`."""
+        cuts = sorted({0, start, stop, self._size[atom]})
         fixed, over = self._fixed[atom], set(self._over[atom])
-        self._bind_concat(atom, [self.atom(s, fixed=fixed, over=over) for s in sizes])
+        parts = [self.atom(b - a, fixed=fixed, over=over) for a, b in pairwise(cuts)]
+        case = self._cases.pop(atom, None)
+        self._concat[atom] = parts
+        for part, (a, b) in zip(parts, pairwise(cuts), strict=True):
+            if case is None:
+                continue
+            taken = [self._take(piece, a, b) for piece in case.pieces]
+            if part and all(t is not None for t in taken):
+                self._cases[part[0]] = _Cases(case.index, [t[0] for t in taken if t is not None])
+            else:
+                self.freeze(part)
+                for piece in case.pieces:
+                    self.freeze(piece)
 
     def _take_parts(
         self, lead: int, rest: Axis, start: int, stop: int

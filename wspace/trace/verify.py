@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_map_only
 
 from wspace.action import Transform, act, sample, shape_of
 from wspace.errors import NotASymmetry, message
-from wspace.space import Group, WeightSpace
+from wspace.space import Group, Param, WeightSpace
 from wspace.trace.capture import attributes_restored, double_precision, tensors_in
 
 TOLERANCE = 1e-10
 CONTROL = 1e-6
+CONTROLS = 24  # groups that get a negative control, evenly spread
 
 
 @dataclass(frozen=True)
@@ -132,35 +133,46 @@ def _randomize(state: Mapping[str, Tensor], generator: torch.Generator) -> None:
         t.copy_(value * (0.5 + noise) if value else 0.4 * (noise - 0.5))
 
 
+def _generic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with every matrix scaled to unit gain, so that all of it reaches the output."""
+    out = {}
+    for name, t in state.items():
+        gain = float(t.std()) * (t.numel() / t.shape[0]) ** 0.5 if _is_matrix(t) else 0.0
+        out[name] = t / gain if 0.0 < gain < float("inf") else t
+    return out
+
+
+def _is_matrix(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dim() >= 2 and t.numel() > 1
+
+
 def _prove(
     space: WeightSpace, run: _Run, generator: torch.Generator, kinds: tuple[str, ...]
 ) -> VerifyReport:
     state = {name: t.detach().clone() for name, t in run.state.items()}
-    before = run(state)
-    errors: dict[str, float] = {}
-    names = [g for g in space.groups]
-    for chosen in [None, *([n] for n in names)]:
-        t = sample(space, generator=generator, kinds=kinds, groups=chosen)
-        key = "*" if chosen is None else chosen[0]
-        errors[key] = difference(before, run(act(t, state, space)))
-    for gauge in {(g.kind, g.group) for g in space.gauges if g.kind in kinds}:
-        t = sample(space, generator=generator, kinds=(gauge[0],), groups=[gauge[1]])
-        errors[" ".join(gauge)] = difference(before, run(act(t, state, space)))
-    worst = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else float("inf"))
-    if not errors[worst] <= TOLERANCE:
-        where = "moving all groups at once" if worst == "*" else f"moving {worst} alone"
+    errors = _errors(space, run, state, generator, kinds)
+    generic = _generic(state)
+    before = run(generic)
+    if all(bool(torch.isfinite(t).all()) for t in before):
+        moved = act(sample(space, generator=generator, kinds=kinds), generic, space)
+        errors["* at unit gain"] = difference(before, run(moved))
+    else:
+        generic, before = state, run(state)
+    wrong = [k for k, e in errors.items() if not e <= TOLERANCE]
+    worst = max(errors, key=lambda k: errors[k])
+    if wrong:
+        alone = [k for k in wrong if not k.startswith("*")]
+        where = f"moving {alone[0]} alone" if alone else "moving all groups at once"
         raise NotASymmetry(
             message(
                 f"verify: {where} changed the output",
                 expected=f"a relative change of at most {TOLERANCE:g} in float64",
-                got=f"{errors[worst]:.2e}; wrong: "
-                + ", ".join(k for k, e in errors.items() if not e <= TOLERANCE),
+                got=f"{errors[worst]:.2e}; wrong: {', '.join(alone or wrong)}",
                 help="the space was traced from another module or other inputs, or a rule is "
                 "wrong: please report it with the module",
             )
         )
-    controls = _controls(space, run, state, before, generator)
-    control = min(controls.values(), default=float("inf"))
+    controls = _controls(space, run, generic, before, generator)
     if controls and not max(controls.values()) > CONTROL:
         raise NotASymmetry(
             message(
@@ -170,7 +182,34 @@ def _prove(
                 help="the outputs do not depend on the weights with these inputs; pass others",
             )
         )
-    return VerifyReport(errors[worst], tuple(names), control, errors, controls)
+    control = min(controls.values(), default=float("inf"))
+    return VerifyReport(errors[worst], tuple(space.groups), control, errors, controls)
+
+
+def _errors(
+    space: WeightSpace,
+    run: _Run,
+    state: Mapping[str, Tensor],
+    generator: torch.Generator,
+    kinds: tuple[str, ...],
+) -> dict[str, float]:
+    """Relative change of the output with everything moved, and with each symmetry alone."""
+    before = run(state)
+    trials: dict[str, tuple[tuple[str, ...], list[str] | None]] = {"*": (kinds, None)}
+    if "permutation" in kinds:
+        trials |= {g: (("permutation",), [g]) for g in space.groups}
+    trials |= {
+        f"{kind} of {group}": ((kind,), [group])
+        for kind, group in dict.fromkeys((g.kind, g.group) for g in space.gauges)
+        if kind in kinds
+    }
+    return {
+        key: difference(
+            before,
+            run(act(sample(space, generator=generator, kinds=k, groups=groups), state, space)),
+        )
+        for key, (k, groups) in trials.items()
+    }
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float:
@@ -203,34 +242,42 @@ def _controls(
 ) -> dict[str, float]:
     """Changes of the output when one tensor alone is moved along one of its axes.
 
-    For each group, the first parameter that it indexes is moved without its partners; for a space
-    without groups, every axis of the largest matrix is.
+    For each group (a spread of them, when there are many), the first parameter that it indexes is
+    moved without its partners, or shifted along its whole axis if it has none; for a space without
+    groups, every axis of the largest matrix is.
     """
     out: dict[str, float] = {}
-    for g in space.groups.values():
+    groups = list(space.groups.values())
+    for g in groups[:: -(-len(groups) // CONTROLS) or 1]:
         t = Transform(space, {g.name: _nontrivial(space, g, generator)}, {})
         moved = act(t, state, space)
-        for p in space.params:
-            if p.buffer or p.at or not any(a.name == g.name for x in p.axes for a in x.groups()):
-                continue
-            broken = {**state, **{n: moved[n] for n in (p.name, *p.ties)}}
-            out[f"{g.name} in {p.name}"] = difference(before, run(broken))
-            if out[f"{g.name} in {p.name}"] > CONTROL:
+        users = [p for p in space.params if not p.buffer and _uses(p, g)]
+        for p in users[:3]:
+            x = moved[p.name] if len(users) > 1 and not p.at else _rolled(state[p.name], p, g)
+            broken = {**state, **{n: x for n in (p.name, *p.ties)}}
+            out[g.name] = max(out.get(g.name, 0.0), difference(before, run(broken)))
+            if out[g.name] > CONTROL:
                 break
     if not out:
         p = max((p for p in space.params if not p.buffer), key=lambda p: p.numel)
         for d, size in enumerate(p.shape):
             if size > 1:
                 x = state[p.name].roll(1, d)
-                out[f"axis {d} of {p.name}"] = difference(
-                    before, run({**state, **{n: x for n in (p.name, *p.ties)}})
-                )
-    best: dict[str, float] = {}
-    for key, value in out.items():
-        name = key.split(" in ")[0]
-        if value >= best.get(name, -1.0):
-            best[name] = value
-    return best
+                broken = {**state, **{n: x for n in (p.name, *p.ties)}}
+                out[f"axis {d} of {p.name}"] = difference(before, run(broken))
+    return out
+
+
+def _uses(p: Param, group: Group) -> bool:
+    return any(g.name == group.name for axis in p.axes for g in axis.groups())
+
+
+def _rolled(x: Tensor, p: Param, group: Group) -> Tensor:
+    """The tensor with every axis that the group indexes shifted by one: not a group element."""
+    dims = [
+        d for d, axis in enumerate(p.axes) if any(g.name == group.name for g in axis.groups())
+    ]
+    return x.roll([1] * len(dims), dims)
 
 
 def _nontrivial(space: WeightSpace, group: Group, generator: torch.Generator) -> Tensor:
