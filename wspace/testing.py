@@ -9,6 +9,7 @@ A layer works on *features*: a dict of tensors by parameter name, ``(*batch, *sh
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -267,29 +268,113 @@ def _act(t: Transform, features: State, space: WeightSpace, *, channels: bool) -
 def _outputs(
     module: nn.Module, state: State, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> list[Tensor]:
-    """Tensors that a module returns for copies of a state and of the inputs; it is left alone."""
-    state = {name: t.detach().clone() for name, t in _tied(state).items()}
+    """Tensors that a module returns with copies of a state and of the inputs; it is left alone."""
+    copies = {id(t): t.detach().clone() for t in state.values()}
+    state = {name: copies[id(t)] for name, t in state.items()}  # tied tensors stay tied
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))
+    double = any(t.dtype == torch.float64 for t in state.values())
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
         attributes_restored(module),
         evaluation_mode(module),
-        _precision(state),
+        double_precision() if double else nullcontext(),
     ):
         torch.manual_seed(0)
         return [t.clone() for t in tensors_in(functional_call(module, state, args, kwargs))]
 
 
-def _tied(state: State) -> State:
-    """Each tensor once, under the first of its names."""
-    return {name: t for t, name in reversed([(t, n) for n, t in state.items()])}
-
-
-def _precision(state: State) -> Any:
-    from contextlib import nullcontext
-
-    return double_precision() if any(t.dtype == torch.float64 for t in state.values()) else nullcontext()
-
-
 # -------------------------------------------------------------------- comparison
+
+
+def _compare(
+    expected: Any,
+    got: Any,
+    what: str,
+    allowed: Mapping[torch.dtype, float],
+    space: WeightSpace | None,
+) -> None:
+    """Raises `AssertionError` for the worst element of two trees of tensors, if it is too bad."""
+    __tracebackhide__ = True
+    left, right = dict(_leaves(expected, "")), dict(_leaves(got, ""))
+    if left.keys() != right.keys():
+        odd = sorted(left.keys() ^ right.keys())
+        raise AssertionError(
+            message(f"{what}: other tensors", got=[f"only one side has {k or 'it'}" for k in odd])
+        )
+    total = max((_magnitude(t) for t in left.values()), default=0.0)
+    worst: tuple[float, str] = (-1.0, "")
+    for name, a in left.items():
+        b = right[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise AssertionError(
+                message(
+                    f"{what}: {name or 'the result'}",
+                    expected=f"shape {tuple(a.shape)} of {a.dtype}",
+                    got=f"shape {tuple(b.shape)} of {b.dtype}",
+                )
+            )
+        limit = allowed.get(a.dtype, 0.0)
+        gap, scale = _gap(a, b), _magnitude(a)
+        if gap.numel() and not float(gap.max()) <= limit * scale + _rounding(a, limit) * total:
+            worst = max(worst, (float(gap.max()) / (scale or 1.0), name), key=lambda pair: pair[0])
+    error, name = worst
+    if error >= 0:
+        a, b = left[name], right[name]
+        place = _unravel(int(_gap(a, b).argmax()), a.shape)
+        raise AssertionError(
+            message(
+                f"{what}: {name or 'the result'}",
+                expected=f"{a[place].item()} at {_place(name, place, space)}",
+                got=f"{b[place].item()}, a relative difference of {error:.3g} "
+                f"(allowed: {allowed.get(a.dtype, 0.0):g})",
+            )
+        )
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a tree of dicts and sequences, with its place."""
+    if isinstance(tree, Tensor):
+        yield path, tree.detach()
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for i, value in enumerate(tree):
+            yield from _leaves(value, f"{path}[{i}]" if path else f"output {i}")
+    else:
+        raise TypeError(f"testing: {type(tree).__name__} is not a tensor, dict or sequence")
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """Distance of every pair of entries; infinite where only one is NaN, or infinities differ."""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    x, y = a.to(wide), b.to(wide)
+    same = (x == y) | (x.isnan() & y.isnan())
+    return torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf)
+
+
+def _magnitude(t: Tensor) -> float:
+    finite = t[torch.isfinite(t)].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _rounding(t: Tensor, limit: float) -> float:
+    """What rounding of the largest tensor may leave in a small one; 0 if it must be exact."""
+    return 8 * torch.finfo(t.dtype).eps if limit else 0.0
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Index of each dimension of a row-major position."""
+    place: list[int] = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        place.append(i)
+    return tuple(reversed(place))
+
+
+def _place(name: str, place: tuple[int, ...], space: WeightSpace | None) -> str:
+    """``[i, j]``, and the axes of a parameter that they index."""
+    text = str(list(place))
+    param = None if space is None else space.by_name.get(name)
+    return text if param is None else f"{text} of {param}"

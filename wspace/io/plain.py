@@ -121,7 +121,7 @@ class Layer:
         return tuple(self.first.shape[2:])
 
     def __str__(self) -> str:
-        kind = "BatchNorm" if self.dims is None else f"Conv{self.dims}d" if self.dims else "Linear"
+        kind = {None: "BatchNorm", 0: "Linear"}.get(self.dims, f"Conv{self.dims}d")
         return f"{self.name} ({kind} {tuple(self.first.shape)})"
 
 

@@ -139,7 +139,7 @@ def _load_file(file: Path, key: str | None = None) -> tuple[State, Layout]:
         # `safetensors.torch.save_model` writes a tied tensor once and notes its other names.
         aliases = {name: kept for name, kept in metadata.items() if kept in shards}
         tensors |= {name: tensors[kept] for name, kept in aliases.items() if name not in shards}
-        rest = {name: text for name, text in metadata.items() if name not in aliases}
+        rest = {name: value for name, value in metadata.items() if name not in aliases}
         return tensors, Layout("safetensors", file, shards=shards, metadata={file.name: rest})
     if file.suffix not in TORCH_SUFFIXES:
         kinds = ", ".join((".safetensors", *TORCH_SUFFIXES, f"*{INDEX}"))
@@ -269,7 +269,7 @@ def _header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _json(text: bytes, file: Path) -> dict[str, Any]:
+def _json(raw: bytes, file: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
@@ -279,7 +279,7 @@ def _json(text: bytes, file: Path) -> dict[str, Any]:
         return content
 
     try:
-        content = json.loads(text, object_pairs_hook=unique)
+        content = json.loads(raw, object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         what = "has a corrupt header" if file.suffix == ".safetensors" else "is not JSON"
         raise CheckpointError(text(f"{file} {what}", got=str(error), help=AGAIN)) from error

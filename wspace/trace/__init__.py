@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from wspace.errors import TraceError, UnknownOp, message
 from wspace.space import Opaque, Role, WeightSpace
 from wspace.trace import shapes  # noqa: F401  (registers its rules)
-from wspace.trace.capture import CONST, Call, Program, Value, capture
+from wspace.trace.capture import (
+    CONST,
+    Call,
+    Program,
+    Value,
+    capture,
+    persistent_float_buffers,
+)
 from wspace.trace.derive import Naming, build_params
 from wspace.trace.rules import apply, known
 from wspace.trace.solve import Axis, Solver
@@ -64,7 +71,7 @@ def trace(
     solver = Solver()
     opaque = solve(solver, program, on_unknown)
     naming = Naming(solver, program.params)
-    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    buffers = {name for name, _ in persistent_float_buffers(module)}
     return WeightSpace(
         params=build_params(naming, program, buffers, roles_of(program)),
         opaque=tuple(dict.fromkeys(opaque)),

@@ -188,6 +188,7 @@ def _run(
         stack.enter_context(evaluation_mode(module))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_without_onednn())
+        stack.enter_context(dense_experts(module))
         recorder = _Recorder(module, known, abstract=abstract)
         if not abstract:
             stack.enter_context(state_restored(module))
@@ -255,6 +256,28 @@ def _without_onednn():
         torch._C._set_mkldnn_enabled(enabled)
 
 
+@contextmanager
+def dense_experts(module: nn.Module):
+    """Context in which transformers' expert layers use their tensor-only implementation.
+
+    The library offers several kernels for one function; this one has no control flow that depends
+    on data, and works in every precision.
+    """
+    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
+    saved = [
+        (c, c._experts_implementation_internal)
+        for c in configs.values()
+        if hasattr(c, "_experts_implementation_internal")
+    ]
+    try:
+        for c, _ in saved:
+            c._experts_implementation_internal = "batched_mm"
+        yield
+    finally:
+        for c, implementation in saved:
+            c._experts_implementation_internal = implementation
+
+
 class double_precision(TorchDispatchMode):  # noqa: N801  (used as a context manager)
     """Mode in which explicit casts to a lower floating precision keep float64.
 
@@ -290,6 +313,21 @@ def state_restored(module: nn.Module):
                     t.copy_(old)
 
 
+def persistent_float_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds and that a group element may therefore move.
+
+    Non-persistent buffers (rotary frequencies, masks) are rebuilt on loading: they are constants.
+    """
+    found = []
+    for prefix, m in module.named_modules(remove_duplicate=False):
+        for name, b in m._buffers.items():
+            if b is None or name in m._non_persistent_buffers_set:
+                continue
+            if b.is_floating_point() or b.is_complex():
+                found.append((f"{prefix}.{name}" if prefix else name, b))
+    return found
+
+
 def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
@@ -322,11 +360,7 @@ class _Recorder(TorchDispatchMode):
 
     def _add_state(self, module: nn.Module) -> None:
         named = [*module.named_parameters(remove_duplicate=False)]
-        named += [
-            (n, b)
-            for n, b in module.named_buffers(remove_duplicate=False)
-            if b.is_floating_point() or b.is_complex()
-        ]
+        named += persistent_float_buffers(module)
         for name, tensor in named:
             known = self._by_id.get(id(tensor))
             if known is None:
@@ -417,7 +451,7 @@ class _Recorder(TorchDispatchMode):
             return self._factory(func, name, args, kwargs, values)
         if not any(v.kind in (PARAM, ACTIVE) for v in values):
             kind = INPUT if any(v.kind == INPUT for v in values) else CONST
-            if self.abstract and kwargs.get("device") is not None:
+            if kwargs.get("device") is not None and not any(t.is_meta for t in tensors):
                 kwargs = {**kwargs, "device": torch.device("cpu")}
             return self._mark(func(*args, **kwargs), kind)
         has_rule = self.known(name, func)

@@ -257,7 +257,7 @@ def _look_up(s: Solver, value: Value, d: int, index: Value) -> None:
     """Says that dimension `d` of `value` is read at the positions that `index` holds."""
     if index.points is not None and s.size(index.points) == value.shape[d]:
         s.unify(index.points, value.axes[d])
-        s.mix(value.axes, [d])
+        s.point(index.axes, value.axes[d])
     elif index.kind == CONST and _constant(index.data):
         s.narrow(value.axes, d, int(index.data.flatten()[0]), int(index.data.flatten()[0]) + 1)
     else:

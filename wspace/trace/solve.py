@@ -49,6 +49,7 @@ class Solver:
         self._cases: dict[int, _Cases] = {}
         self._meets: list[tuple[int, set[int]]] = []
         self._settled_concats: set[int] = set()
+        self._pointers: list[tuple[Axis, Axis]] = []
 
     # ------------------------------------------------------------------- atoms
 
@@ -453,6 +454,18 @@ class Solver:
             for a in self.resolve(axis):
                 self._forget(a, mixed if i not in dims else mixed - set(self.resolve(axis)))
 
+    def point(self, at: Sequence[Axis], to: Axis) -> None:
+        """Says that indices into `to` stand along the axes `at`: rows there know their `to`."""
+        self._pointers.append((tuple(a for axis in at for a in axis), to))
+
+    def _context(self, axes: Iterable[Axis]) -> set[int]:
+        """Atoms whose index is known at every entry of a tensor with these axes."""
+        context = {a for axis in axes for a in self.resolve(axis)}
+        for at, to in self._pointers:
+            if context.issuperset(self.resolve(at)):
+                context.update(self.resolve(to))
+        return context
+
     def settle(self, values: Iterable[Sequence[Axis]]) -> None:
         """Applies what an operator implies for dependence, given every tensor it made or read."""
         while self._meets:
@@ -460,9 +473,10 @@ class Solver:
             allowed = {r for a in over for r in self.resolve((a,))}
             self._keep_only((atom,), allowed)
         for axes in values:
-            context = {a for axis in axes for a in self.resolve(axis)}
-            for a in tuple(context):
-                self._check(a, context)
+            context = self._context(axes)
+            for axis in axes:
+                for a in self.resolve(axis):
+                    self._check(a, context)
 
     def _keep_only(self, axis: Axis, allowed: set[int]) -> None:
         resolved = self.resolve(axis)

@@ -13,7 +13,13 @@ from torch.utils._pytree import tree_map_only
 from wspace.action import Transform, act, sample, shape_of
 from wspace.errors import NotASymmetry, message
 from wspace.space import Group, Param, WeightSpace
-from wspace.trace.capture import attributes_restored, double_precision, tensors_in
+from wspace.trace.capture import (
+    attributes_restored,
+    dense_experts,
+    double_precision,
+    persistent_float_buffers,
+    tensors_in,
+)
 
 TOLERANCE = 1e-10
 CONTROL = 1e-6
@@ -97,7 +103,7 @@ class _Run:
         self.module = module
         self.args, self.kwargs = args, kwargs
         self.state = dict(module.named_parameters(remove_duplicate=False))
-        self.state.update(module.named_buffers(remove_duplicate=False))
+        self.state.update(persistent_float_buffers(module))
 
     def __call__(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         saved = {name: t.detach().clone() for name, t in self.state.items()}
@@ -120,7 +126,8 @@ def _sandbox(module: nn.Module, args: Any, kwargs: Any):
         args, kwargs = tree_map_only(
             Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs)
         )
-        yield _Run(twin, args, dict(kwargs))
+        with dense_experts(twin):
+            yield _Run(twin, args, dict(kwargs))
 
 
 def _randomize(state: Mapping[str, Tensor], generator: torch.Generator) -> None:
