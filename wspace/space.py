@@ -14,6 +14,7 @@ from math import prod
 from typing import Any, Self
 
 from wspace.errors import SpaceMismatch, message
+from wspace.wiring import Wiring
 
 FORMAT = 1
 
@@ -178,7 +179,8 @@ class Param:
         return all(axis.fixed for axis in self.axes)
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(map(str, self.axes))})"
+        at = f" @ {self.at[0]}={self.at[1]}" if self.at else ""
+        return f"{self.name}({', '.join(map(str, self.axes))}){at}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,27 +219,6 @@ class Opaque:
     source: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One use of a parameter, or of a piece of one, between node sets.
-
-    Attributes:
-        param: Name of the parameter.
-        op: Operator kind: ``linear``, ``conv``, ``embedding``, ``norm`` …
-        source: Node set at the input end, or None for a node feature.
-        target: Node set at the output end.
-        dims: For each dimension of the parameter, ``"source"``, ``"target"`` or ``"feature"``.
-        tag: What tells this block from others of its shape (activation, operand slot, stride …).
-    """
-
-    param: str
-    op: str
-    source: int | None
-    target: int
-    dims: tuple[str, ...]
-    tag: str = ""
-
-
 @dataclass(frozen=True)
 class WeightSpace:
     """The parameters of one architecture, the groups that index them, and nothing else.
@@ -257,7 +238,7 @@ class WeightSpace:
     gauges: tuple[Gauge, ...] = ()
     opaque: tuple[Opaque, ...] = ()
     capture: str = "abstract"
-    wiring: Any = None
+    wiring: Wiring | None = None
     extra: tuple[Group, ...] = field(default=())
 
     @cached_property

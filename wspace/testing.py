@@ -271,7 +271,7 @@ def _outputs(
     """Tensors that a module returns with copies of a state and of the inputs; it is left alone."""
     copies = {id(t): t.detach().clone() for t in state.values()}
     state = {name: copies[id(t)] for name, t in state.items()}  # tied tensors stay tied
-    args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))
+    inputs, options = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs or {})))
     double = any(t.dtype == torch.float64 for t in state.values())
     with (
         torch.no_grad(),
@@ -281,7 +281,7 @@ def _outputs(
         double_precision() if double else nullcontext(),
     ):
         torch.manual_seed(0)
-        return [t.clone() for t in tensors_in(functional_call(module, state, args, kwargs))]
+        return [t.clone() for t in tensors_in(functional_call(module, state, inputs, options))]
 
 
 # -------------------------------------------------------------------- comparison

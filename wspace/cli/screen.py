@@ -48,6 +48,14 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def size(number: int) -> str:
+    """A number of bytes, to read: ``1.5 MB``."""
+    for step, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= step:
+            return f"{number / step:.1f} {unit}"
+    return f"{number} bytes"
+
+
 def plural(number: int, noun: str) -> str:
     """A count with its noun: ``1 group``, ``3 groups``."""
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
@@ -62,8 +70,13 @@ def facts(out: Console, title: str, rows: Iterable[tuple[str, str | Text]]) -> N
         rows: Names and findings; those without a finding are left out.
     """
     out.print(Text(title, "bold"))
+    lines(out, rows)
+
+
+def lines(out: Console, rows: Iterable[tuple[str, str | Text]]) -> None:
+    """The lines of `facts`, without a heading."""
     grid = Table.grid(padding=(0, 2, 0, 2))
-    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(style="dim", no_wrap=True, min_width=10)
     grid.add_column(overflow="fold")
     for name, finding in rows:
         if finding:

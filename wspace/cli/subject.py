@@ -99,7 +99,7 @@ def open_subject(
     Raises:
         WSpaceError: If the reference names nothing, or the weights do not fit.
     """
-    if is_reference(text):
+    if is_reference(text) and not Path(text).exists():
         if model:
             raise WSpaceError(
                 message(f"{text} names a network already", help="leave --model out")
@@ -151,7 +151,7 @@ def _from_reference(text: str, *, meta: bool, seed: int) -> Subject:
     with working(f"building {text}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         found = resolve(text, meta=meta)
-    return Subject(found.name, found.module, found.args, dict(found.kwargs))
+    return Subject(text, found.module, found.args, dict(found.kwargs), found.checkpoint)
 
 
 def _from_checkpoint(text: str, model: str, *, meta: bool) -> Subject:
@@ -169,17 +169,17 @@ def _from_checkpoint(text: str, model: str, *, meta: bool) -> Subject:
     if not model and (path / "config.json").is_file():
         model = f"hf:{text}"
     if model:
-        found = resolve(model, meta=True) if meta else resolve(model)
+        found = resolve(model, weights=False, meta=meta)
         weights = fit_checkpoint(weights, found.module)
         if not meta:
             load_into(found.module, weights)
-        name = f"{text} in {found.name}"
+        name = f"{text} as {model}"
         return Subject(name, found.module, found.args, dict(found.kwargs), weights)
     try:
         module, args = module_from_checkpoint(weights)
     except CheckpointError as error:
         return Subject(text, weights=weights, note=str(error))
-    note = "the network was read off the names and shapes of its tensors"
+    note = "read off the names and shapes of the tensors; --model names the real code"
     return Subject(text, module, args, {}, weights, note=note)
 
 

@@ -140,7 +140,7 @@ def _layers(state: Mapping[str, Tensor]) -> list[Layer]:
         raise CheckpointError(
             _text(
                 "not a plain chain of layers",
-                expected="weights and biases of linear and convolution layers, BatchNorm statistics",
+                expected="linear and convolution layers and whole BatchNorms",
                 got=bad or "an empty checkpoint",
             )
         )

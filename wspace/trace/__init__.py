@@ -4,7 +4,7 @@ Four stages with a record between each: `capture` (module → calls), `rules` an
 at a time), `solve` (atoms), `derive` (atoms → space). `trace` is the loop over them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from wspace.trace.capture import (
     persistent_float_buffers,
 )
 from wspace.trace.derive import Naming, build_params
+from wspace.trace.families import Family, find_families
 from wspace.trace.rules import apply, known
 from wspace.trace.solve import Axis, Solver
 
@@ -68,27 +69,43 @@ def trace(
                 help="there is no weight space to describe",
             )
         )
-    solver = Solver()
-    opaque = solve(solver, program, on_unknown)
-    naming = Naming(solver, program.params)
+    families = find_families(program)
+    while True:
+        solver = Solver()
+        opaque = solve(solver, program, on_unknown, families)
+        naming = Naming(solver, program.params, families)
+        if not naming.rejected:
+            break
+        families = [f for f in families if f not in naming.rejected]
     buffers = {name for name, _ in persistent_float_buffers(module)}
     return WeightSpace(
         params=build_params(naming, program, buffers, roles_of(program)),
         opaque=tuple(dict.fromkeys(opaque)),
         capture="concrete" if program.concrete else "abstract",
+        extra=naming.extra(),
     )
 
 
-def solve(s: Solver, program: Program, on_unknown: str) -> list[Opaque]:
+def solve(
+    s: Solver, program: Program, on_unknown: str, families: Sequence[Family] = ()
+) -> list[Opaque]:
     """Runs every call of a program through its rule; returns the operators that had none."""
     opaque: list[Opaque] = []
+    _forget_axes(program)
     for value in program.params:
         value.axes = s.fresh(value.shape)
+    reads: dict[int, Family] = {}
+    for family in families:
+        family.axis = s.atom(family.size)
+        reads |= {id(call): family for call in family.reads}
     for call in program.calls:
         ins = call.ins
         for value in ins:
             if value.axes is None:
                 value.axes = _leaf_axes(s, value)
+        if id(call) in reads:
+            _read_slot(s, call, reads[id(call)])
+            continue
         result = apply(s, call)
         if result is None:
             if on_unknown == "raise":
@@ -107,6 +124,30 @@ def solve(s: Solver, program: Program, on_unknown: str) -> list[Opaque]:
     used = {id(v) for call in program.calls for v in call.ins}
     _freeze(s, [*program.outputs, *(v for v in program.params if id(v) not in used)])
     return opaque
+
+
+def _forget_axes(program: Program) -> None:
+    for call in program.calls:
+        for value in (*call.ins, *call.outs):
+            value.axes = value.points = None
+
+
+def _read_slot(s: Solver, call: Call, family: Family) -> None:
+    """Axes of a shared value read at a branch's own index: the branches stay interchangeable."""
+    shared: Value = call.args[0]
+    out = call.outs[0]
+    if call.name == "eq":
+        if shared.points is not None and s.size(shared.points) == family.size:
+            s.unify(shared.points, family.axis)
+        else:
+            s.freeze(family.axis)
+        out.axes = list(shared.axes)
+    else:
+        dim = call.args[1] % len(shared.shape)
+        s.unify(shared.axes[dim], family.axis)
+        kept = [()] if call.name == "slice" else []
+        out.axes = [*shared.axes[:dim], *kept, *shared.axes[dim + 1 :]]
+    s.settle([shared.axes, out.axes])
 
 
 def _freeze(s: Solver, values: list[Value]) -> None:

@@ -5,10 +5,11 @@ consistent (acyclic and transitive), a product that nothing ever looked inside i
 and neighbouring fixed factors are merged, so that the description is as short as it can be.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from wspace.space import Axis, Concat, Group, Param, Role
 from wspace.trace.capture import Program, Value
+from wspace.trace.families import Family
 from wspace.trace.solve import Axis as Atoms
 from wspace.trace.solve import Solver
 
@@ -19,13 +20,18 @@ Tree = list["int | list[Tree]"]
 class Naming:
     """Groups of a space under construction: trees of atoms in, axes of named groups out."""
 
-    def __init__(self, s: Solver, values: Iterable[Value]) -> None:
+    def __init__(
+        self, s: Solver, values: Iterable[Value], families: Sequence[Family] = ()
+    ) -> None:
         self.s = s
         values = list(values)
         while any([self._flatten_cases(axis) for v in values for axis in v.axes]):
             s.settle([v.axes for v in values])
         self.trees = {id(v): [self._tree(axis) for axis in v.axes] for v in values}
         self.over = self._dependences()
+        self._slots: dict[int, tuple[Family, int, Value]] = {}
+        self._indices: dict[int, int] = {}
+        self.rejected = [f for f in families if not self._join(f)]
         self._merge_unsplit()
         self._names: dict[int, Group] = {}
         self._fixed_index = {o for over in self.over.values() for o in over if self._is_fixed(o)}
@@ -72,6 +78,83 @@ class Naming:
     def _axes_trees(self) -> Iterator[Tree]:
         for trees in self.trees.values():
             yield from trees
+
+    # ---------------------------------------------------------------- families
+
+    def _join(self, family: Family) -> bool:
+        """Makes the private groups of all branches one group over the branches, if they match."""
+        s = self.s
+        (index,) = s.resolve(family.axis) or (None,)
+        if index is None or self._is_fixed(index) or s.parts(index) or self.over.get(index):
+            return False
+        inside = [{id(ps[k]) for ps in family.params} for k in range(family.size)]
+        outside = {
+            a
+            for key, trees in self.trees.items()
+            if not any(key in branch for branch in inside)
+            for tree in trees
+            for a in _atoms(tree)
+        }
+        alias: dict[int, int] = {}
+        for k in range(1, family.size):
+            pairs: dict[int, int] = {}
+            for ps in family.params:
+                for a, b in zip(self.trees[id(ps[0])], self.trees[id(ps[k])], strict=True):
+                    if not self._match(a, b, pairs, outside):
+                        return False
+            if len(set(pairs.values())) < len(pairs) or set(pairs.values()) & set(alias):
+                return False
+            alias |= {b: a for a, b in pairs.items() if a != b}
+        self._commit(family, index, alias)
+        return True
+
+    def _match(self, a: Tree, b: Tree, pairs: dict[int, int], outside: set[int]) -> bool:
+        if len(a) != len(b):
+            return False
+        for x, y in zip(a, b, strict=True):
+            if isinstance(x, list) or isinstance(y, list):
+                if not (isinstance(x, list) and isinstance(y, list) and len(x) == len(y)):
+                    return False
+                if not all(self._match(p, q, pairs, outside) for p, q in zip(x, y, strict=True)):
+                    return False
+            elif self._is_fixed(x) or self._is_fixed(y):
+                if self._is_fixed(x) != self._is_fixed(y) or self.s.size((x,)) != self.s.size((y,)):
+                    return False
+            elif x != y and (x in outside or y in outside):
+                return False
+            elif pairs.setdefault(x, y) != y or self.s.size((x,)) != self.s.size((y,)):
+                return False
+        return True
+
+    def _commit(self, family: Family, index: int, alias: dict[int, int]) -> None:
+        self.over.setdefault(index, [])
+        self._raw_over.setdefault(index, set())
+        for a in dict.fromkeys(alias.values()):
+            self.over[a] = [index, *(o for o in self.over[a] if o != index)]
+            self._raw_over[a] = self._raw_over[a] | {index}
+        for b in alias:
+            self.over.pop(b, None)
+            self._raw_over.pop(b, None)
+        for trees in self.trees.values():
+            for i, tree in enumerate(trees):
+                trees[i] = _rename(tree, alias)
+        for ps in family.params:
+            for k, value in enumerate(ps):
+                self._slots[id(value)] = (family, k, ps[0])
+        self._indices[id(family)] = index
+
+    def slot(self, value: Value) -> tuple[tuple[str, int], str] | None:
+        """Index group and index of a parameter that is a slice of a family, and its first slice."""
+        found = self._slots.get(id(value))
+        if found is None:
+            return None
+        family, k, first = found
+        return (self.group(self._indices[id(family)]).name, k), first.names[0]
+
+    def extra(self) -> tuple[Group, ...]:
+        """Groups that index families but no axis."""
+        used = {a for tree in self._axes_trees() for a in _atoms(tree)}
+        return tuple(self.group(i) for i in self._indices.values() if i not in used)
 
     # ------------------------------------------------------------ dependences
 
@@ -214,6 +297,13 @@ def _runs(tree: Tree) -> Iterator[Tree]:
                 yield from _runs(part)
 
 
+def _rename(tree: Tree, names: dict[int, int]) -> Tree:
+    return [
+        [_rename(part, names) for part in node] if isinstance(node, list) else names.get(node, node)
+        for node in tree
+    ]
+
+
 def _replace_pair(tree: Tree, a: int, b: int, joint: int) -> Tree:
     out: Tree = []
     for node in tree:
@@ -230,14 +320,19 @@ def build_params(
     naming: Naming, program: Program, buffers: set[str], roles: dict[int, Role]
 ) -> tuple[Param, ...]:
     """`Param` records of a program's parameters, in module order."""
-    return tuple(
-        Param(
-            name=value.names[0],
-            axes=tuple(naming.axis(t) for t in naming.trees[id(value)]),
-            role=roles.get(id(value), Role.UNUSED),
-            dtype=str(value.dtype).removeprefix("torch."),
-            ties=value.names[1:],
-            buffer=value.names[0] in buffers,
+    out = []
+    for value in program.params:
+        slot = naming.slot(value)
+        out.append(
+            Param(
+                name=value.names[0],
+                axes=tuple(naming.axis(t) for t in naming.trees[id(value)]),
+                role=roles.get(id(value), Role.UNUSED),
+                dtype=str(value.dtype).removeprefix("torch."),
+                ties=value.names[1:],
+                buffer=value.names[0] in buffers,
+                at=slot[0] if slot else None,
+                family=slot[1] if slot else "",
+            )
         )
-        for value in program.params
-    )
+    return tuple(out)

@@ -1,0 +1,280 @@
+"""The laws L1, L2 and L12 of `docs/`, and what follows from them, on every case."""
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, Double, build
+from oracles import gap, outputs, shuffled, state_of
+from torch import Tensor, nn
+
+import wspace
+from wspace.space import WeightSpace
+from wspace.testing import TOLERANCE, assert_group_action, assert_same
+
+SEEDS = 2
+CONTROL = 1e-6
+
+
+class Traced(NamedTuple):
+    """A case as the tests need it, and the difference that tracing made to it."""
+
+    module: nn.Module
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    space: WeightSpace
+    before: dict[str, object]
+    after: dict[str, object]
+
+
+@pytest.fixture(scope="session")
+def traced() -> Callable[[str], Traced]:
+    """Builds and traces a case, once per session."""
+
+    @functools.cache
+    def get(name: str) -> Traced:
+        module, args, kwargs = build(name)
+        for i, m in enumerate(module.modules()):  # modes that `eval()` or `train()` would not give
+            m.training = i % 3 == 0
+        before = observed(module, args, kwargs)
+        space = wspace.trace(module, args, kwargs)
+        after = observed(module, args, kwargs)
+        return Traced(module.eval(), args, kwargs, space, before, after)
+
+    return get
+
+
+each_case = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if c.slow else n for n, c in CASES.items()],
+)
+
+
+# ------------------------------------------------------------------------------------ L1
+
+
+@each_case
+def test_verify_proves_the_space(name: str, traced: Callable[[str], Traced]) -> None:
+    case = traced(name)
+    report = wspace.verify(case.space, case.module, case.args, case.kwargs)
+    assert report.ok
+    assert report.max_error <= TOLERANCE[torch.float64]
+    assert report.moved == tuple(case.space.groups)
+    assert max(report.controls.values()) > CONTROL
+
+
+@each_case
+def test_moving_the_weights_leaves_the_function(
+    name: str, traced: Callable[[str], Traced], generator: torch.Generator
+) -> None:
+    """L1 again, by another way: `functional_call` on randomised weights, and `Double`."""
+    module, args, kwargs, space, *_ = traced(name)
+    state = perturbed(state_of(module), generator)
+    with Double():
+        before = outputs(module, state, args, kwargs)
+        for _ in range(SEEDS):
+            t = wspace.sample(space, generator=generator, kinds=("permutation", "scale", "sign"))
+            after = outputs(module, wspace.act(t, state, space), args, kwargs)
+            assert gap(before, after) <= TOLERANCE[torch.float64]
+        broken = {}
+        for name_ in sorted(state, key=lambda n: -state[n].numel())[:3]:  # the largest tensors
+            for dim, size in enumerate(state[name_].shape):
+                if size > 1 and max(broken.values(), default=0.0) <= CONTROL:
+                    x = shuffled(state[name_], dim, generator)
+                    moved = {n: x if y is state[name_] else y for n, y in state.items()}
+                    broken[f"{name_} {dim}"] = gap(before, outputs(module, moved, args, kwargs))
+    assert max(broken.values()) > CONTROL, f"no control changes the output: {broken}"
+
+
+def perturbed(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """A generic state near another: no tensor is constant, and what is positive remains so."""
+    out: dict[int, Tensor] = {}
+    for t in state.values():
+        if id(t) in out or not (t.is_floating_point() or t.is_complex()):
+            out.setdefault(id(t), t)
+            continue
+        noise = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+        out[id(t)] = t * (0.75 + 0.5 * noise) + (0.1 * (noise - 0.5) if not bool(t.any()) else 0)
+    return {name: out[id(t)] for name, t in state.items()}
+
+
+@each_case
+def test_coverage(name: str, traced: Callable[[str], Traced]) -> None:
+    space = traced(name).space
+    assert space.coverage >= CASES[name].coverage, CASES[name].why
+    assert CASES[name].coverage > 0.98 or CASES[name].why
+
+
+# ------------------------------------------------------------------------------------ L2
+
+
+@each_case
+def test_act_is_a_group_action(
+    name: str, traced: Callable[[str], Traced], generator: torch.Generator
+) -> None:
+    case = traced(name)
+    assert_group_action(case.space, perturbed(state_of(case.module), generator))
+
+
+@each_case
+def test_batch_axes_lead(
+    name: str, traced: Callable[[str], Traced], generator: torch.Generator
+) -> None:
+    """To act on stacked states is to stack what acting on each gives."""
+    case = traced(name)
+    one = state_of(case.module)
+    states = [one, perturbed(one, generator), perturbed(one, generator)]
+    t = wspace.sample(case.space, generator=generator, kinds=("permutation", "scale", "sign"))
+    names = [p.name for p in case.space.params]
+    stacked = {n: torch.stack([s[n] for s in states])[:, None] for n in names}
+    singly = [wspace.act(t, s, case.space) for s in states]
+    assert_same(
+        {n: torch.stack([s[n] for s in singly])[:, None] for n in names},
+        wspace.act(t, stacked, case.space),
+        space=case.space,
+    )
+
+
+# ----------------------------------------------------------------------------------- L12
+
+
+def observed(module: nn.Module, args: object, kwargs: object) -> dict[str, object]:
+    """All that tracing might change: in the module, in its inputs, and around it."""
+    seen: dict[str, object] = {}
+    for path, m in module.named_modules(remove_duplicate=False):
+        for key, value in vars(m).items():
+            seen[f"{path}.{key}"] = _content(value)
+    for kind, named in (
+        ("parameter", module.named_parameters(remove_duplicate=False)),
+        ("buffer", module.named_buffers(remove_duplicate=False)),
+        ("input", _inputs((args, kwargs), "")),
+    ):
+        for path, t in named:
+            seen[f"{kind} {path}"] = (id(t), t._version, t.requires_grad, t.grad is None, sorted(vars(t)))
+            seen[f"{kind} {path} value"] = t.detach().clone()
+    seen["rng torch"] = torch.get_rng_state()
+    seen["rng numpy"] = str(np.random.get_state())
+    seen["rng python"] = random.getstate()
+    seen["modes"] = (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch._C._get_mkldnn_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.get_num_threads(),
+    )
+    return seen
+
+
+def _content(value: object, depth: int = 2) -> object:
+    """Identity of an attribute and of what containers hold."""
+    if isinstance(value, bool | int | float | str | type(None)):
+        return value
+    if isinstance(value, dict) and depth:
+        return {str(k): _content(v, depth - 1) for k, v in value.items()}
+    if isinstance(value, list | tuple | set) and depth:
+        return [_content(v, depth - 1) for v in value]
+    if isinstance(value, Tensor):
+        return id(value), value._version, sorted(vars(value))
+    return id(value)
+
+
+def _inputs(tree: object, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for k, v in tree.items():
+            yield from _inputs(v, f"{path}.{k}")
+    elif isinstance(tree, tuple | list):
+        for i, v in enumerate(tree):
+            yield from _inputs(v, f"{path}[{i}]")
+
+
+def changes(before: dict[str, object], after: dict[str, object]) -> list[str]:
+    """What differs between two observations."""
+    wrong = [f"{k} appeared or vanished" for k in sorted(before.keys() ^ after.keys())]
+    for k in before.keys() & after.keys():
+        a, b = before[k], after[k]
+        same = torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        if isinstance(a, Tensor) and a.is_floating_point() and not same:
+            same = bool(((a == b) | (a.isnan() & b.isnan())).all())
+        if not same:
+            wrong.append(f"{k}: {a} became {b}")
+    return sorted(wrong)
+
+
+@each_case
+def test_trace_changes_nothing(name: str, traced: Callable[[str], Traced]) -> None:
+    case = traced(name)
+    assert changes(case.before, case.after) == []
+
+
+def test_observed_sees_changes() -> None:
+    module, x = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), torch.randn(4, 2)
+
+    def after(change: Callable[[], object]) -> list[str]:
+        before = observed(module, (x,), {})
+        change()
+        return changes(before, observed(module, (x,), {}))
+
+    assert after(lambda: None) == []
+    assert after(lambda: module[0].eval())
+    assert after(lambda: module(x))  # running statistics
+    assert after(lambda: module[0].register_forward_hook(lambda *_: None))
+    assert after(lambda: setattr(module[0], "cache", 1))
+    assert after(lambda: module[0].weight.requires_grad_(False))
+    assert after(lambda: setattr(module[0], "weight", nn.Parameter(module[0].weight.detach())))
+    assert after(lambda: x.zero_())
+    assert after(lambda: torch.rand(1))
+    assert after(lambda: setattr(x, "mark", 1))
+
+
+# ------------------------------------------------------------------- the space as a value
+
+
+@each_case
+def test_trace_is_deterministic(name: str, traced: Callable[[str], Traced]) -> None:
+    case = traced(name)
+    again = wspace.trace(case.module, case.args, case.kwargs)
+    assert again == case.space
+    assert hash(again) == hash(case.space)
+    assert str(again) == str(case.space)
+
+
+@each_case
+def test_trace_needs_no_weights(name: str, traced: Callable[[str], Traced]) -> None:
+    case = traced(name)
+    if case.space.capture == "abstract":
+        blank = copy.deepcopy(case.module).to("meta")
+        assert wspace.trace(blank, case.args, case.kwargs) == case.space
+
+
+@each_case
+def test_json_round_trip(name: str, traced: Callable[[str], Traced]) -> None:
+    space = traced(name).space
+    again = WeightSpace.from_json(space.to_json())
+    assert again == space
+    assert hash(again) == hash(space)
+    assert again.to_json() == space.to_json()
+    assert str(again) == str(space)
+
+
+@each_case
+def test_space_describes_the_state(name: str, traced: Callable[[str], Traced]) -> None:
+    """Every parameter and float buffer is there once, with its shape, dtype and ties."""
+    case = traced(name)
+    state = state_of(case.module)
+    floats = {n for n, t in state.items() if t.is_floating_point() or t.is_complex()}
+    assert set(case.space.by_name) == floats
+    for p in case.space.params:
+        assert p.shape == tuple(state[p.name].shape)
+        assert p.dtype == str(state[p.name].dtype).removeprefix("torch.")
+        assert p.buffer == (p.name in dict(case.module.named_buffers(remove_duplicate=False)))
+        assert set(p.ties) >= {n for n, t in state.items() if t is state[p.name]} - {p.name}
+    assert 0.0 <= case.space.coverage <= 1.0

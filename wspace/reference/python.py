@@ -1,0 +1,169 @@
+"""`py:` what a function of the user's own code returns. Runs that code."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from wspace.errors import CheckpointError, message
+from wspace.reference.model import Model, building, near
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+RETURNS = "a module, (module, args), (module, args, kwargs) or a Model"
+
+
+def from_py(name: str, meta: bool) -> Model:
+    """Model that a factory returns."""
+    place, colon, attribute = name.rpartition(":")
+    if not colon or not place or not attribute:
+        expected = "py:package.module:factory or py:path/to/file.py:factory"
+        raise CheckpointError(
+            message("resolve: no factory is named", expected=expected, got=f"py:{name}")
+        )
+    folder = Path(place).parent if place.endswith(".py") else Path()
+    with _importable(folder.resolve()):
+        module = _import_file(Path(place)) if place.endswith(".py") else _import(place)
+        factory: Any = module
+        for part in attribute.split("."):
+            if not hasattr(factory, part):
+                raise CheckpointError(
+                    message(f"resolve: {place} has no {part!r}", help=near(part, dir(factory)))
+                )
+            factory = getattr(factory, part)
+        with building(f"py:{name}", meta):
+            made = _call(factory, name)
+            return _model(made, name)
+
+
+@contextmanager
+def _importable(folder: Path) -> Generator[None]:
+    """Context in which modules of a folder can be imported, as when a file in it is run."""
+    before = list(sys.path)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise _import_failure(name, error) from error
+
+
+def _import_file(file: Path) -> ModuleType:
+    if not file.is_file():
+        beside = [item.name for item in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise CheckpointError(
+            message(f"resolve: there is no file {file}", help=near(file.name, beside))
+        )
+    name = f"_wspace_reference_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise CheckpointError(message(f"resolve: {file} is not a Python file"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _import_failure(str(file), error) from error
+    return module
+
+
+def _import_failure(name: str, error: Exception) -> CheckpointError:
+    got = f"{type(error).__name__}: {error}"
+    return CheckpointError(message(f"resolve: {name} cannot be imported", got=got))
+
+
+def _call(factory: Any, name: str) -> object:
+    if isinstance(factory, nn.Module | Model):
+        return factory
+    if not callable(factory):
+        got = type(factory).__name__
+        raise CheckpointError(message(f"resolve: py:{name} is no function", got=got))
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise CheckpointError(
+            message(
+                f"resolve: py:{name} takes arguments",
+                expected="a function of no arguments",
+                got=f"{error}, in {inspect.signature(factory)}",
+                help="write a function that calls it with the values you want",
+            )
+        ) from error
+    except ValueError:
+        pass  # builtins have no signature
+    return factory()
+
+
+def _model(made: object, name: str) -> Model:
+    if isinstance(made, Model):
+        return made
+    if isinstance(made, nn.Module):
+        return Model(name, made, *_own_inputs(made, name))
+    match made:
+        case (nn.Module() as module, args):
+            return Model(name, module, *_inputs(args, name))
+        case (nn.Module() as module, tuple(args), Mapping() as kwargs):
+            return Model(name, module, cast(tuple[Any, ...], args), cast(Mapping[str, Any], kwargs))
+        case _:
+            raise CheckpointError(
+                message(
+                    f"resolve: py:{name} returns something else",
+                    expected=RETURNS,
+                    got=_describe(made),
+                )
+            )
+
+
+def _own_inputs(module: nn.Module, name: str) -> Inputs:
+    offered: Any = getattr(module, "example_inputs", None)
+    if offered is None:
+        raise CheckpointError(
+            message(
+                f"resolve: py:{name} returns a module without example inputs",
+                expected=RETURNS,
+                got=_describe(module),
+                help="return (module, args), or give the module a method `example_inputs`",
+            )
+        )
+    return _inputs(offered() if callable(offered) else offered, name)
+
+
+def _inputs(offered: object, name: str) -> Inputs:
+    match offered:
+        case Tensor():
+            return (offered,), {}
+        case (tuple(args), dict(kwargs)):
+            return cast(tuple[Any, ...], args), cast(dict[str, Any], kwargs)
+        case tuple():
+            return cast(tuple[Any, ...], offered), {}
+        case dict():
+            return (), cast(dict[str, Any], offered)
+        case _:
+            raise CheckpointError(
+                message(
+                    f"resolve: py:{name} gives inputs of another kind",
+                    expected="a tensor, a tuple of arguments, a dict, or (tuple, dict)",
+                    got=_describe(offered),
+                )
+            )
+
+
+def _describe(item: object) -> str:
+    if isinstance(item, tuple):
+        parts = cast(tuple[object, ...], item)
+        return f"({', '.join(type(part).__name__ for part in parts)})"
+    return type(item).__name__

@@ -1,0 +1,357 @@
+"""Painting a drawing with matplotlib: units as dots if they are few, sets as boxes if not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wspace.report.drawing import Drawing, Link, Matrix, NodeSet, pooled, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, DIM, FAINT = "#1d2330", "#6b7280", "#c3c9d4"
+POSITIVE, NEGATIVE = "#2166ac", "#c0392b"
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e0b000", "#72b7b2",
+           "#9d755d", "#e45756", "#7a86d1", "#a0cbe8")  # fmt: skip
+MOST_DOTS = 40  # units of one set drawn one by one
+MOST_SETS = 16  # sets in a picture of dots
+
+
+def paint(drawing: Drawing) -> "Figure":
+    """A figure of a drawing, in the style that suits its size."""
+    sizes = sorted(s.size for s in drawing.sets)
+    few = len(sizes) <= MOST_SETS and (not sizes or sizes[len(sizes) // 2] <= MOST_DOTS)
+    return _dots(drawing) if few else _boxes(drawing)
+
+
+# --- units as dots ---------------------------------------------------------------------------------
+
+STEP = 0.26  # inches between units
+COLUMN = 1.9  # inches between columns
+GAP = 0.55  # inches between sets of one column
+BAR = 3.6  # inches: height of a set that is too large for dots
+
+
+@dataclass
+class _Place:
+    """Where a set is: the middle of its column, and the heights of its units or anchors."""
+
+    x: float
+    y: Matrix
+    dots: bool
+
+    @property
+    def low(self) -> float:
+        return float(self.y.min()) - 0.14
+
+    @property
+    def high(self) -> float:
+        return float(self.y.max()) + 0.14
+
+
+def _dots(drawing: Drawing) -> "Figure":
+    layers = drawing.layers()
+    heights = [
+        sum(_height(drawing.sets[i]) for i in layer) + GAP * (len(layer) - 1) for layer in layers
+    ]
+    tall, wide = max(heights, default=1.0), COLUMN * max(len(layers) - 1, 1)
+    places: dict[int, _Place] = {}
+    for column, (layer, height) in enumerate(zip(layers, heights, strict=True)):
+        top = height / 2
+        for i in layer:
+            own = _height(drawing.sets[i])
+            places[i] = _placed(drawing.sets[i], COLUMN * column, top, own)
+            top -= own + GAP
+    low, high = -tall / 2 - 0.95, tall / 2 + 0.8
+    ax, figure = _canvas((-0.75, wide + 0.75), (low, high), drawing.title)
+    arcs = [k for k in drawing.links if k.weight is None]
+    for link in drawing.links:
+        if link.weight is not None:
+            _bundle(ax, link.weight, places[link.source], places[link.target])
+    for number, link in enumerate(arcs):
+        _arc(ax, places[link.source], places[link.target], number)
+    for i, place in places.items():
+        _units(ax, drawing, drawing.sets[i], place)
+    _link_labels(ax, drawing, places, tall / 2 + 0.3)
+    _legend(ax, (-0.7, low + 0.12), arcs=bool(arcs))
+    return figure
+
+
+def _height(nodes: NodeSet) -> float:
+    return STEP * max(nodes.size - 1, 0) if nodes.size <= MOST_DOTS else BAR
+
+
+def _placed(nodes: NodeSet, x: float, top: float, height: float) -> _Place:
+    count = nodes.size if nodes.size <= MOST_DOTS else 28
+    return _Place(x, np.linspace(top, top - height, max(count, 1)), nodes.size <= MOST_DOTS)
+
+
+def _canvas(
+    across: tuple[float, float], up: tuple[float, float], title: str
+) -> tuple[Any, "Figure"]:
+    """Axes in inches, with nothing on them but a title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = (across[0], max(across[1], across[0] + 4.6))  # room for the legend
+    up = (up[0], up[1] + (0.35 if title else 0.0))
+    figure = Figure(figsize=(across[1] - across[0], up[1] - up[0]), facecolor="white")
+    FigureCanvasAgg(figure)
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=across, ylim=up)
+    ax.axis("off")
+    ax.text(across[0] + 0.1, up[1] - 0.1, title, ha="left", va="top", size=11, weight="bold",
+            color=INK)  # fmt: skip
+    return ax, figure
+
+
+def _bundle(ax: Any, weight: Matrix, a: _Place, b: _Place) -> None:
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgb
+
+    weight = pooled(weight, len(a.y), len(b.y))
+    rows, columns = weight.shape
+    left, right = _ends(a.y, rows), _ends(b.y, columns)
+    scale = float(np.abs(weight).max()) or 1.0
+    flat = weight.ravel() / scale
+    ends = np.empty((rows * columns, 2, 2))
+    ends[:, 0, 0], ends[:, 1, 0] = a.x, b.x
+    ends[:, 0, 1], ends[:, 1, 1] = np.repeat(left, columns), np.tile(right, rows)
+    order = np.argsort(np.abs(flat))  # the strong ones on top
+    dense = min(1.0, (160 / max(flat.size, 1)) ** 0.35)
+    colours = np.empty((flat.size, 4))
+    colours[:, :3] = np.where(flat[:, None] < 0, to_rgb(NEGATIVE), to_rgb(POSITIVE))
+    colours[:, 3] = (0.04 + 0.86 * np.abs(flat) ** 1.3) * dense
+    widths = 0.3 + 1.5 * np.abs(flat) * dense
+    lines = LineCollection(list(ends[order]), colors=colours[order], linewidths=widths[order],
+                           zorder=1, rasterized=flat.size > 400)  # fmt: skip
+    ax.add_collection(lines)
+
+
+def _ends(y: Matrix, count: int) -> Matrix:
+    """Heights of `count` ends spread over those of a set; they differ after a flatten."""
+    return y if len(y) == count else np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(y)), y)
+
+
+def _arc(ax: Any, a: _Place, b: _Place, number: int) -> None:
+    """A curved grey line from below one set to below the other."""
+    from matplotlib.patches import FancyArrowPatch
+
+    across = abs(b.x - a.x) or 1.0
+    bend = 0.22 + 0.05 * (number % 3) if across > COLUMN else 0.12
+    ax.add_patch(
+        FancyArrowPatch(
+            (a.x, a.high), (b.x, b.high), connectionstyle=f"arc3,rad=-{bend}", arrowstyle="-|>",
+            mutation_scale=9, lw=1.3, color=DIM, alpha=0.75, zorder=2, shrinkA=2, shrinkB=2,
+        )
+    )  # fmt: skip
+
+
+def _units(ax: Any, drawing: Drawing, nodes: NodeSet, place: _Place) -> None:
+    colour = _colour(drawing, nodes)
+    if place.dots:
+        fill = "white" if nodes.values is None else _fills(nodes.values)
+        ax.scatter([place.x] * len(place.y), place.y, s=95, c=fill, edgecolors=colour,
+                   linewidths=1.6, zorder=3)  # fmt: skip
+    else:
+        _box(ax, (place.x - 0.11, place.low), (0.22, place.high - place.low), colour)
+        ax.text(place.x, (place.low + place.high) / 2, f"{nodes.size:,}", rotation=90, size=8,
+                ha="center", va="center", color=INK, zorder=4)  # fmt: skip
+    ax.text(place.x, place.low - 0.08, nodes.label, ha="center", va="top", size=9.5, color=colour,
+            weight="bold", zorder=4)  # fmt: skip
+    notes = [f"{nodes.size:,} unit{'' if nodes.size == 1 else 's'}", *map(_note, nodes.notes)]
+    if len(notes) > 3:
+        notes = [*notes[:2], f"+ {len(notes) - 2} more"]
+    ax.text(place.x, place.low - 0.27, "\n".join(notes), ha="center", va="top", size=6.5, color=DIM,
+            linespacing=1.25, zorder=4)  # fmt: skip
+
+
+def _note(name: str) -> str:
+    return short(name, 22)
+
+
+def _fills(values: Matrix) -> list[tuple[float, float, float]]:
+    """Colours from white to that of the sign, by strength."""
+    from matplotlib.colors import to_rgb
+
+    scale = float(np.abs(values).max()) or 1.0
+    mixed: list[tuple[float, float, float]] = []
+    for value in values:
+        ends = np.array(to_rgb(NEGATIVE if value < 0 else POSITIVE))
+        red, green, blue = 1 - (1 - ends) * 0.85 * abs(float(value)) / scale
+        mixed.append((float(red), float(green), float(blue)))
+    return mixed
+
+
+def _link_labels(ax: Any, drawing: Drawing, places: dict[int, _Place], y: float) -> None:
+    """Names of the parameters over the gap that they bridge, one under another."""
+    above: dict[float, list[str]] = {}
+    for link in drawing.links:
+        if link.label and link.weight is not None:
+            middle = (places[link.source].x + places[link.target].x) / 2
+            above.setdefault(middle, []).append(short(link.label, 24))
+    for x, names in above.items():
+        if len(names) > 3:
+            names = [*names[:2], f"+ {len(names) - 2} more"]
+        ax.text(x, y, "\n".join(names), ha="center", va="bottom", size=7.5, color=INK,
+                family="monospace", linespacing=1.2, zorder=4)  # fmt: skip
+
+
+def _legend(ax: Any, corner: tuple[float, float], *, arcs: bool) -> None:
+    x, y = corner
+    entries = [(POSITIVE, "positive"), (NEGATIVE, "negative")]
+    for colour, text in entries:
+        ax.plot([x, x + 0.28], [y, y], color=colour, lw=2, solid_capstyle="round")
+        ax.text(x + 0.35, y, text, va="center", size=7, color=DIM)
+        x += 1.05
+    ax.text(x, y, "strong = large weight" + ("   grey = no parameter" if arcs else ""),
+            va="center", size=7, color=DIM)  # fmt: skip
+
+
+# --- sets as boxes ---------------------------------------------------------------------------------
+
+ROW = 1.02  # inches between depths
+WIDTH = 1.75  # inches of a box
+HEIGHT = 0.36
+SPACE = 0.75  # inches between boxes of one depth
+THUMB = 0.46  # inches of a thumbnail
+
+
+def _boxes(drawing: Drawing) -> "Figure":
+    layers = drawing.layers()
+    most = max((len(layer) for layer in layers), default=1)
+    centre: dict[int, tuple[float, float]] = {}
+    for row, layer in enumerate(layers):
+        for k, i in enumerate(layer):
+            x = (k - (len(layer) - 1) / 2) * (WIDTH + SPACE)
+            centre[i] = (x, -ROW * row)
+    half = max(most * (WIDTH + SPACE) / 2, 2.3) + 0.9
+    low = -ROW * max(len(layers) - 1, 0) - 0.9
+    ax, figure = _canvas((-half, half), (low, 0.55), drawing.title)
+    row_of = {i: row for row, layer in enumerate(layers) for i in layer}
+    for link in drawing.links:
+        _connect(ax, link, centre, (row_of[link.source], row_of[link.target]), half)
+    for i, (x, y) in centre.items():
+        nodes = drawing.sets[i]
+        colour = _colour(drawing, nodes)
+        _box(ax, (x - WIDTH / 2, y - HEIGHT / 2), (WIDTH, HEIGHT), colour)
+        ax.text(x, y + (0.055 if nodes.notes else 0), f"{nodes.label} · {nodes.size:,}", size=8.5,
+                ha="center", va="center", color=INK, weight="bold", zorder=6)  # fmt: skip
+        if nodes.notes:
+            more = f" +{len(nodes.notes) - 1}" if len(nodes.notes) > 1 else ""
+            ax.text(x, y - 0.095, short(nodes.notes[0], 30 - len(more)) + more, size=5.5,
+                    ha="center", va="center", color=DIM, zorder=6)  # fmt: skip
+    _legend(ax, (-half + 0.15, low + 0.2), arcs=any(k.weight is None for k in drawing.links))
+    return figure
+
+
+def _connect(
+    ax: Any,
+    link: Link,
+    centre: dict[int, tuple[float, float]],
+    rows: tuple[int, int],
+    half: float,
+) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    (x0, y0), (x1, y1) = centre[link.source], centre[link.target]
+    start, end = (x0, y0 - HEIGHT / 2), (x1, y1 + HEIGHT / 2)
+    far = rows[1] - rows[0] != 1
+    style = "arc3,rad=0"
+    if far:  # around the boxes between, on the side that is nearer
+        side = 1 if x0 + x1 >= 0 else -1
+        start, end = (x0 + side * WIDTH / 2, y0), (x1 + side * WIDTH / 2, y1)
+        bend = 0.32 if abs(rows[1] - rows[0]) < 4 else 0.2
+        style = f"arc3,rad={-side * bend}"
+    bare = link.weight is None and not link.label
+    ax.add_patch(
+        FancyArrowPatch(
+            start, end, connectionstyle=style, arrowstyle="-|>", mutation_scale=8,
+            lw=1.0 if bare else 1.5, color=FAINT if bare else DIM, zorder=2, shrinkA=0, shrinkB=0,
+        )
+    )  # fmt: skip
+    if link.label and not far:
+        _thumbnail(ax, link, ((x0 + x1) / 2, (y0 + y1) / 2))
+
+
+def _thumbnail(ax: Any, link: Link, middle: tuple[float, float]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    x, y = middle
+    if link.weight is None:
+        ax.text(x, y, short(link.label, 24), size=6.5, color=INK, ha="center", va="center",
+                zorder=5, bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
+        return
+    image = pooled(link.weight.T, 48, 48)
+    rows, columns = image.shape
+    tall, wide = THUMB * min(1, (rows / columns) ** 0.5), THUMB * min(1, (columns / rows) ** 0.5)
+    tall, wide = max(tall, 0.1), max(wide, 0.1)
+    limit = float(np.quantile(np.abs(image), 0.98)) or 1.0
+    colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#ffffff", POSITIVE])
+    extent = (x - wide / 2, x + wide / 2, y - tall / 2, y + tall / 2)
+    ax.imshow(image, cmap=colours, vmin=-limit, vmax=limit, extent=extent, aspect="auto",
+              interpolation="nearest", zorder=4)  # fmt: skip
+    ax.add_patch(Rectangle(extent[::2], wide, tall, fill=False, ec=DIM, lw=0.6, zorder=5))
+    ax.text(x + wide / 2 + 0.07, y, _lines(link.label), size=6, color=INK, ha="left", va="center",
+            linespacing=1.15, zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.6})  # fmt: skip
+
+
+def _lines(name: str) -> str:
+    """A name on two lines of at most 19 characters."""
+    name = short(name, 36)
+    if len(name) <= 19:
+        return name
+    parts = name.split(".")
+    best = min(range(1, len(parts)), key=lambda k: abs(len(".".join(parts[:k])) - 18), default=0)
+    return ".".join(parts[:best]) + ".\n" + ".".join(parts[best:]) if best else name
+
+
+def _box(ax: Any, corner: tuple[float, float], size: tuple[float, float], colour: str) -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import FancyBboxPatch
+
+    red, green, blue = (1 - (1 - c) * 0.22 for c in to_rgb(colour))
+    style = "round,pad=0,rounding_size=0.08"
+    box = FancyBboxPatch(corner, *size, boxstyle=style, fc=(red, green, blue), ec=colour, lw=1.3)
+    box.set_zorder(3)
+    ax.add_patch(box)
+
+
+def _colour(drawing: Drawing, nodes: NodeSet) -> str:
+    if not nodes.family:
+        return DIM
+    return COLOURS[drawing.families[nodes.family] % len(COLOURS)]
+
+
+def heatmaps(matrices: Sequence[tuple[str, Matrix]], *, title: str = "") -> "Figure":
+    """Matrices side by side, on one scale, each under its title.
+
+    Args:
+        matrices: Titles and values.
+        title: Over all of them.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * len(matrices), 3.3), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    limit = max((float(np.abs(m).max()) for _, m in matrices), default=1.0) or 1.0
+    colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#ffffff", POSITIVE])
+    for at, (name, matrix) in enumerate(matrices, 1):
+        ax = figure.add_subplot(1, len(matrices), at)
+        ax.imshow(matrix, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+        ax.set_title(name, size=9, color=INK)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        for spine in ax.spines.values():
+            spine.set_color(FAINT)
+    if title:
+        figure.suptitle(title, size=10, weight="bold", color=INK)
+    return figure

@@ -1,0 +1,505 @@
+"""The wiring of a traced program: its node sets, and the blocks that parameters form between them.
+
+Each call is run on index arrays instead of numbers (see `units`): views rearrange them, elementwise
+operators pass them on, contractions make new units and the blocks that lead to them. Where units
+cannot be followed new ones are made and the operator is listed in ``wiring.unknown``. Nothing here
+is per parameter element, so the cost does not grow with the size of the model.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from wspace.space import Axis
+from wspace.trace.capture import Call, Program, Value
+from wspace.trace.connect import contract, look_up, pair
+from wspace.trace.derive import Naming
+from wspace.trace.places import Lost, block_of, fit
+from wspace.trace.rules import arguments, dims_of
+from wspace.trace.solve import Solver
+from wspace.trace.units import (
+    Builder,
+    State,
+    Units,
+    Weight,
+    aligned,
+    extend,
+    map_state,
+    varying,
+)
+from wspace.trace.unitviews import Ids, align, slices, views
+from wspace.wiring import Block, NodeSet, Wiring
+
+_LINEAR = frozenset("add sub rsub copy index_put index_add scatter_add slice_scatter "
+                    "select_scatter index_copy scatter addcmul".split())  # fmt: skip
+_SYMMETRIC = frozenset("add mul maximum minimum".split())
+_DROPPED = frozenset("native_dropout clone _to_copy detach alias".split())
+_NORMS = {
+    "native_layer_norm": ("weight", "bias"),
+    "_fused_rms_norm": ("weight",),
+    "rms_norm": ("weight",),
+    "native_group_norm": ("weight", "bias"),
+}
+_STATISTICS = ("norm.scale", "norm.shift", "norm.mean", "norm.var")
+_REDUCTIONS = frozenset("sum mean prod amax amin any all logsumexp std var nansum "
+                        "linalg_vector_norm norm max min median argmax argmin var_mean std_mean "
+                        "aminmax count_nonzero".split())  # fmt: skip
+_CARRIED = frozenset(
+    """
+    _softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp
+    native_dropout max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d max_pool1d max_pool2d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_trilinear3d
+    upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d max_unpool2d
+    sort topk kthvalue gather histc _fft_r2c _fft_c2r _fft_c2c
+    """.split()
+)
+_BATCH_NORMS = frozenset("native_batch_norm _native_batch_norm_legit batch_norm cudnn_batch_norm "
+                         "_native_batch_norm_legit_no_training miopen_batch_norm "
+                         "_batch_norm_with_update _batch_norm_no_update".split())  # fmt: skip
+_TABLES = frozenset("embedding index index_select gather _embedding_bag "
+                    "_embedding_bag_forward_only _unsafe_index".split())  # fmt: skip
+
+
+def wire(program: Program, solver: Solver, naming: Naming) -> Wiring:
+    """The wiring of a program.
+
+    Args:
+        program: The recorded program, axes filled in.
+        solver: The solver that holds these axes.
+        naming: Named groups of the parameters.
+
+    Returns:
+        Node sets and blocks; every entry of every parameter is in exactly one block that is not
+        `again`.
+    """
+    builder = Builder(solver, program.params, [v.names[0] for v in program.params])
+    walk = _Walk(builder, program)
+    for call in program.calls:
+        walk.step(call)
+    outputs = walk.outputs(program.outputs)
+    _leftovers(builder)
+    return _finish(builder, outputs, naming)
+
+
+class _Walk:
+    """Runs calls on index arrays."""
+
+    def __init__(self, builder: Builder, program: Program) -> None:
+        self.b = builder
+        self.state: dict[int, State] = {
+            id(v): builder.leaf(i) for i, v in enumerate(program.params)
+        }
+        self.uses = Counter(id(v) for call in program.calls for v in call.ins)
+        self.uses.update(id(v) for v in program.outputs)
+
+    def step(self, call: Call) -> None:
+        """One call."""
+        states = [self.state.get(id(v)) for v in call.ins]
+        if not any(states):
+            self._set(call, [None] * len(call.outs))
+            return
+        before = len(self.b.blocks)
+        try:
+            self._set(call, self._run(call, states))
+        except (Lost, ValueError):
+            del self.b.blocks[before:]
+            self._give_up(call, states)
+
+    def _set(self, call: Call, states: Sequence[State]) -> None:
+        for value, state in zip(call.outs, states, strict=False):
+            if state is not None:
+                _check(value, state)
+                self.state[id(value)] = state
+
+    def of(self, value: Value | None) -> State:
+        """State of a value."""
+        return None if value is None else self.state.get(id(value))
+
+    def _give_up(self, call: Call, states: list[State]) -> None:
+        """Fresh units where nothing is known of an operator."""
+        self.b.unknown.append(call.name)
+        op = f"?{call.name}"
+        sources = [t for s in states if isinstance(s, Units) for t in (*s.tracks, *s.kept)]
+        for value in call.outs:
+            rank = len(value.shape)
+            fixed = not self.b.free(value, range(rank)[-1:])
+            try:
+                units = self.b.new_units(value.shape, set(range(rank)[-1:]), "hidden", op, fixed)
+            except Lost:
+                units = self.b.new_units(value.shape, set(), "hidden", op, True)
+            for t in sources:
+                grid = (*np.unique(np.maximum(t, 0)).shape, 1)
+                self.b.link(np.unique(np.maximum(t, 0)).reshape(grid), units.reshape(1, -1), op, "")
+            self.state[id(value)] = Units((units,))
+
+    # ------------------------------------------------------------------ dispatch
+
+    def _run(self, call: Call, states: list[State]) -> Sequence[State]:  # noqa: PLR0911
+        name = call.name
+        if isinstance(states[0], Weight) and name in _TABLES and not any(states[1:]):
+            return [look_up(self.b, call, states[0])]
+        if states[0] is not None and (made := views(call)) is not None:
+            return self._view(call, states[0], made)
+        if name in _CONTRACTIONS:
+            return _CONTRACTIONS[name](self, call)
+        if name in ("cat", "stack", "concat"):
+            return [self._cat(call)]
+        if name in _REDUCTIONS and not isinstance(arguments(call).get("other"), Value):
+            return self._reduce(call)
+        if name in _BATCH_NORMS or name in _NORMS:
+            return self._norm(call)
+        if name == "glu":
+            return [self._glu(call)]
+        if name in ("im2col", "col2im", "as_strided"):
+            return self._patches(call)
+        if name in _CARRIED:
+            return self._carry(call)
+        return [self.pointwise(call, name, call.ins, value) for value in call.outs[:1]]
+
+    def _view(self, call: Call, state: State, made: list[Any]) -> list[State]:
+        single = self.uses[id(call.ins[0])] == 1
+        out: list[State] = []
+        for function in made:
+            new = map_state(state, function)
+            if isinstance(new, Units):
+                new.fresh = new.fresh and single and len(made) == 1
+            out.append(new)
+        return out
+
+    # --------------------------------------------------------------- elementwise
+
+    def pointwise(self, call: Call, op: str, values: list[Value], out: Value) -> State:
+        """An elementwise operator: units of the operands joined, weights attached to them."""
+        rank = len(out.shape)
+        label = _label(call) if call.name == op else op
+        operands = [
+            (aligned(self.of(v), len(v.shape), rank), self.uses[id(v)] == 1) for v in values
+        ]
+        units = [(s, single) for s, single in operands if isinstance(s, Units)]
+        weights = [(i, s) for i, (s, _) in enumerate(operands) if isinstance(s, Weight)]
+        if not units:
+            if op not in ("copy",) and any(v.kind == "input" for v in values) and weights:
+                return self._on_input(weights, values, out, op)
+            return _blend([w for _, w in weights], label)
+        if len(units) == 1:
+            result = units[0][0]
+            bare = op in ("add", "sub", "copy") or op in _DROPPED
+            if not (bare and (weights or len(values) > 1 and op != "sub")):
+                if op not in _DROPPED:
+                    result = replace(result, trail=extend(result.trail, label), fresh=False)
+        else:
+            linear, ordered = op in _LINEAR, op not in _SYMMETRIC
+            result = self.b.join(units, out, label, linear=linear, ordered=ordered)
+        for i, weight in weights:
+            if not result.tracks:
+                result = self.b.realise(result, rank)
+            slot = {"add": "bias", "mul": "scale", "copy": "bias"}.get(op, f"{op}.{i}")
+            trail = result.trail if units[0][0].trail != result.trail else units[0][0].trail
+            self.b.feature(weight, result.tracks, rank, op, f"{slot}@{trail}" if trail else slot)
+        return result
+
+    def _on_input(
+        self, weights: list[tuple[int, Weight]], values: list[Value], out: Value, op: str
+    ) -> State:
+        """A weight combined with an input: input units along the weight's dimensions."""
+        rank = len(out.shape)
+        dims = {
+            d
+            for _, w in weights
+            for leaf in w.leaves
+            for c in leaf.coords
+            for d in varying(c, rank)
+        }
+        units = self.b.new_units(out.shape, dims, "input", "input", not self.b.free(out, sorted(dims)))
+        for i, weight in weights:
+            self.b.feature(weight, (units,), rank, op, f"{op}.{i}")
+        return Units((units,))
+
+    def _norm(self, call: Call) -> list[State]:
+        bound = arguments(call)
+        x = call.ins[0]
+        rank = len(x.shape)
+        state = self._units(x, {1} if call.name in _BATCH_NORMS else {rank - 1}, call)
+        if call.name in _BATCH_NORMS:
+            slots = [bound.get(n) for n in ("weight", "bias", "running_mean", "running_var")]
+        else:
+            slots = [bound.get(n) for n in _NORMS[call.name]]
+        trail = extend(state.trail, _label(call))
+        for value, slot in zip(slots, _STATISTICS, strict=False):
+            weight = self.of(value)
+            if not isinstance(weight, Weight) or value is None:
+                continue
+            if call.name in _BATCH_NORMS or call.name == "native_group_norm":
+                shape = (-1, *[1] * (rank - 2))
+                weight = map_state(weight, lambda a, s=shape: a.reshape(s))
+                weight = aligned(weight, rank - 1, rank)
+            else:
+                weight = aligned(weight, len(value.shape), rank)
+            self.b.feature(weight, state.tracks, rank, "norm", f"{slot}@{trail}")  # type: ignore[arg-type]
+        return [Units(state.tracks, trail), *[None] * (len(call.outs) - 1)]
+
+    def _units(self, value: Value, dims: set[int], call: Call) -> Units:
+        """State of a value as an activation with units."""
+        state = self.of(value)
+        if isinstance(state, Units):
+            return self.b.realise(state, len(value.shape))
+        if isinstance(state, Weight):
+            made = self.b.materialise(state, value, dims, call.name)
+            self.state[id(value)] = made
+            return made
+        key = (id(value), tuple(sorted(dims)))
+        return Units((self.b.axis_units(key, value, sorted(dims)),))
+
+    def _carry(self, call: Call) -> list[State]:
+        """Operators that keep units: pooling, softmax, sorting along what is no unit."""
+        x, out = call.ins[0], call.outs[0]
+        rank = len(x.shape)
+        state = self.of(x)
+        if len(out.shape) != rank or state is None:
+            raise Lost
+        arrays = state.tracks + state.kept if isinstance(state, Units) else ()
+        if isinstance(state, Weight):
+            arrays = tuple(c for leaf in state.leaves for c in leaf.coords)
+        moves = call.name in ("sort", "topk", "kthvalue", "gather")
+        moved = {dims_of(arguments(call).get("dim", -1), rank)[0]} if moves and rank else set()
+        for a in arrays:
+            if any(x.shape[d] != out.shape[d] or d in moved for d in varying(a, rank)):
+                raise Lost
+        if isinstance(state, Weight):
+            return [_blend([state], _label(call)), *[None] * (len(call.outs) - 1)]
+        if call.name not in _DROPPED:
+            state = replace(state, trail=extend(state.trail, _label(call)), fresh=False)
+        return [state, *[None] * (len(call.outs) - 1)]
+
+    def _reduce(self, call: Call) -> list[State]:
+        bound = arguments(call)
+        x = call.ins[0]
+        rank = len(x.shape)
+        dims = set(dims_of(bound.get("dim"), rank))
+        state = self.of(x)
+        gone = () if bound.get("keepdim") else tuple(sorted(dims))
+        name = _label(call)
+        if isinstance(state, Weight):
+            leaves = tuple(
+                replace(
+                    leaf,
+                    coords=tuple(
+                        _drop(c, dims, gone) for c in leaf.coords
+                    ),
+                    trail=extend(leaf.trail, name),
+                    partial=leaf.partial
+                    or any(varying(c, rank) & dims for c in leaf.coords),
+                )
+                for leaf in state.leaves
+            )
+            return [Weight(leaves) for _ in call.outs]
+        if not isinstance(state, Units):
+            return [None] * len(call.outs)
+        new = self.b.reduce(state, call.outs[0], rank, dims, name)
+        return [map_state(new, lambda a: _drop(a, dims, gone)) for _ in call.outs]
+
+    def _glu(self, call: Call) -> State:
+        x, out = call.ins[0], call.outs[0]
+        d = arguments(call)["dim"] % len(x.shape)
+        half = x.shape[d] // 2
+        state = self._units(x, {d}, call)
+        first = map_state(state, lambda a: slices(a, d, 0, half))
+        second = map_state(state, lambda a: slices(a, d, half, 2 * half))
+        assert isinstance(first, Units) and isinstance(second, Units)
+        items = [(replace(u, fresh=False), False) for u in (first, second)]
+        return self.b.join(items, out, "glu", linear=False, ordered=True)
+
+    def _patches(self, call: Call) -> list[State]:
+        x, out = call.ins[0], call.outs[0]
+        state = self.of(x)
+        if call.name == "as_strided":
+            if x.shape != out.shape:
+                raise Lost
+            return [state]
+        taps = int(np.prod(arguments(call)["kernel_size"]))
+
+        def patch(a: Ids) -> Ids:
+            if call.name == "im2col":
+                a = a.reshape(a.shape[0], a.shape[1], 1)
+                return np.repeat(a, taps, 1) if a.shape[1] > 1 else a
+            return a[:, :: taps if a.shape[1] > 1 else 1, :, None]
+
+        return [map_state(state, patch)]
+
+    # ------------------------------------------------------------------- joining
+
+    def _cat(self, call: Call) -> State:
+        out = call.outs[0]
+        rank = len(out.shape)
+        values = [v for v in call.args[0] if v.shape != (0,)]
+        d = arguments(call)["dim"] % rank
+        states = [self.of(v) for v in values]
+        if call.name == "stack":
+            states = [map_state(s, lambda a: np.expand_dims(a, d)) for s in states]
+            sizes = [1] * len(values)
+        else:
+            sizes = [v.shape[d] for v in values]
+        units = [s for s in states if isinstance(s, Units)]
+        if not units:
+            return _cat_weights(states, sizes, d, rank)
+        return self._cat_units(states, sizes, d, out)
+
+    def _cat_units(self, states: list[State], sizes: list[int], d: int, out: Value) -> State:
+        rank = len(out.shape)
+        states = [self.b.realise(s, rank) if isinstance(s, Units) else s for s in states]
+        units = [s for s in states if isinstance(s, Units)]
+        count = max(len(u.tracks) for u in units)
+        if any(len(u.tracks) != count for u in units):
+            raise Lost
+        along = any(t.shape[d] > 1 for u in units for t in u.tracks)
+        tracks: list[Ids] = []
+        for i in range(count):
+            parts = [s.tracks[i] if isinstance(s, Units) else None for s in states]
+            filled = [p for p in parts if p is not None]
+            if not along and all(p is filled[0] or np.array_equal(p, filled[0]) for p in filled):
+                tracks.append(filled[0])
+                continue
+            full = list(np.broadcast_shapes(*(_but(p.shape, d) for p in filled)))
+            pieces = []
+            for p, n in zip(parts, sizes, strict=True):
+                full[d] = n
+                pieces.append(np.full(full, -1) if p is None else np.broadcast_to(p, full))
+            tracks.append(np.concatenate(pieces, d))
+        start = 0
+        for s, n in zip(states, sizes, strict=True):
+            if isinstance(s, Weight):
+                if along:
+                    raise Lost
+                self.b.feature(s, tracks, rank, "token", "token")
+            start += n
+        trails = {u.trail for u in units}
+        trail = trails.pop() if len(trails) == 1 else ""
+        if trails:
+            trail = extend("", "cat(" + ",".join(u.trail for u in units) + ")")
+        return Units(tuple(tracks), trail)
+
+    # ------------------------------------------------------------------- results
+
+    def outputs(self, values: list[Value]) -> set[int]:
+        """Numbers of the sets that the module returns."""
+        found: set[int] = set()
+        for value in values:
+            state = self.of(value)
+            if isinstance(state, Units):
+                state = self.b.realise(state, len(value.shape))
+                for t in state.tracks:
+                    found |= set(np.unique(self.b.sets.each(np.maximum(t, 0))).tolist())
+        return found
+
+
+def _but(shape: Sequence[int], d: int) -> tuple[int, ...]:
+    return tuple(1 if i == d else n for i, n in enumerate(shape))
+
+
+def _drop(a: Ids, dims: set[int], gone: tuple[int, ...]) -> Ids:
+    for d in dims:
+        a = a.take([0], d) if a.shape[d] > 1 else a
+    return a.squeeze(gone) if gone else a
+
+
+def _check(value: Value, state: State) -> None:
+    arrays = state.tracks if isinstance(state, Units) else ()
+    for a in arrays:
+        if any(n not in (1, size) for n, size in zip(a.shape, value.shape, strict=True)):
+            raise AssertionError(f"units {a.shape} of a value of shape {value.shape}")
+
+
+def _label(call: Call) -> str:
+    """Operator with its numbers: what distinguishes one use from another."""
+    numbers = [
+        f"{x:g}" if isinstance(x, float) else str(x).replace(" ", "")
+        for x in (*call.args, *call.kwargs.values())
+        if isinstance(x, int | float | str) and not isinstance(x, bool)
+        or (isinstance(x, list | tuple) and x and all(isinstance(y, int) for y in x))
+    ]
+    return call.name.strip("_") + (f"({','.join(numbers)})" if numbers else "")
+
+
+def _blend(weights: list[Weight], op: str) -> Weight:
+    """A weight computed elementwise from others; a parameter counts once."""
+    leaves: dict[int, Any] = {}
+    for w in weights:
+        for leaf in w.leaves:
+            old = leaves.get(leaf.param)
+            if old is None or (old.partial and not leaf.partial):
+                leaves[leaf.param] = replace(leaf, trail=extend(leaf.trail, op))
+    return Weight(tuple(leaves.values()))
+
+
+def _cat_weights(states: list[State], sizes: list[int], d: int, rank: int) -> Weight:
+    leaves = []
+    start, total = 0, sum(sizes)
+    for s, n in zip(states, sizes, strict=True):
+        for leaf in s.leaves if isinstance(s, Weight) else ():
+            coords = []
+            for k, c in enumerate(leaf.coords):
+                if k and c.shape[d] == 1:
+                    coords.append(c)
+                    continue
+                full = list(c.shape)
+                full[d] = n
+                rim = [(0, 0)] * c.ndim
+                rim[d] = (start, total - start - n)
+                padded = np.broadcast_to(c, full)
+                coords.append(np.pad(padded, rim, constant_values=0 if k else -1))
+            leaves.append(replace(leaf, coords=tuple(coords)))
+        start += n
+    return Weight(tuple(leaves))
+
+
+# -------------------------------------------------------------------- contractions
+
+
+def _matmul(walk: _Walk, call: Call) -> list[State]:
+    bound = arguments(call)
+    name = call.name
+    keys = {
+        "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "mv": ("self", "vec"),
+        "dot": ("self", "tensor"), "vdot": ("self", "tensor"), "addmm": ("mat1", "mat2"),
+        "baddbmm": ("batch1", "batch2"), "addmv": ("mat", "vec"),
+    }[name]  # fmt: skip
+    a, c = bound[keys[0]], bound[keys[1]]
+    labels = {
+        "mm": ("ai", "ib", "ab"), "addmm": ("ai", "ib", "ab"), "bmm": ("nai", "nib", "nab"),
+        "baddbmm": ("nai", "nib", "nab"), "mv": ("ai", "i", "a"), "addmv": ("ai", "i", "a"),
+        "dot": ("i", "i", ""), "vdot": ("i", "i", ""),
+    }[name]  # fmt: skip
+    out = call.outs[0]
+    numbers = [["naib".index(x) for x in text] for text in labels]
+    state = contract(walk, (a, c), numbers, out, "linear")
+    if name.startswith(("addm", "badd")):
+        state = _add(walk, call, state, bound["self"], out)
+    return [state]
+
+
+def _add(walk: _Walk, call: Call, state: State, bias: Value, out: Value) -> State:
+    """A contraction's result plus another operand."""
+    walk.state[id(out)] = state
+    walk.uses[id(out)] += 1
+    try:
+        result = walk.pointwise(call, "add", [out, bias], out)
+    finally:
+        walk.uses[id(out)] -= 1
+    return result
+
+
+def _linear(walk: _Walk, call: Call) -> list[State]:
+    bound = arguments(call)
+    x, w, out = bound["input"], bound["weight"], call.outs[0]
+    lead = list(range(len(x.shape) - 1))
+    i, o = len(lead), len(lead) + 1
+    state = contract(walk, (x, w), [[*lead, i], [o, i], [*lead, o]], out, "linear")
+    if bound.get("bias") is not None:
+        state = _add(walk, call, state, bound["bias"], out)
+    return [state]
