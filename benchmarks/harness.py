@@ -8,13 +8,14 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -94,15 +95,8 @@ def machine() -> str:
     if info.exists():
         names = [x for x in info.read_text(encoding="utf-8").splitlines() if "model name" in x]
         cpu = names[0].split(":")[1].strip() if names else cpu
-    cores = len(os_cores())
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{cpu}, {cores} cores, {versions}, {torch.get_num_threads()} thread"
-
-
-def os_cores() -> Iterable[int]:
-    import os
-
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return f"{cpu}, {os.cpu_count()} cores, {versions}, torch threads: {torch.get_num_threads()}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -122,17 +116,18 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
-def start(description: str, *, quick: bool = True) -> argparse.Namespace:
+def start(description: str, *, rounds: int = 9, only: bool = False) -> argparse.Namespace:
     """Command line of a benchmark; one thread, no warnings, and the machine's line."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--rounds", type=int, default=None, help="rounds per comparison")
-    if quick:
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds in turn (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
+    if only:
         parser.add_argument("--only", nargs="*", help="only these rows")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    print(f"# {description.splitlines()[0]}\n{machine()}\n", flush=True)
+    print(f"# {description.splitlines()[0]}\n\n{machine()}", flush=True)
     return options
 
 

@@ -4,6 +4,9 @@ Each candidate starts from the same module and the same example input, and ends 
 to say which axes are coupled: wspace with a `WeightSpace`, torch-pruning with a built
 `DependencyGraph`, rebasin with a constructed `PermutationCoordinateDescent` (which traces two
 models, as its interface demands), torch.export with a program and no symmetry yet.
+
+The peers run the module for real, wspace on shapes only, so the size of the input matters to them:
+the small input is the harder comparison.
 """
 
 import importlib
@@ -19,8 +22,8 @@ import wspace
 Runs = dict[str, Callable[[], object]]
 
 
-def runs(make: Callable[[], nn.Module]) -> Runs:
-    x = torch.randn(1, 3, 224, 224)
+def runs(make: Callable[[], nn.Module], size: int) -> Runs:
+    x = torch.randn(1, 3, size, size)
     module, real = make(), make()
     with torch.device("meta"):
         meta = make()
@@ -46,10 +49,12 @@ def forward(module: nn.Module, x: torch.Tensor) -> None:
         module(x)
 
 
-def compare(name: str, make: Callable[[], nn.Module], rounds: int) -> dict[str, object]:
-    timings = interleaved(runs(make), rounds)
+def compare(
+    name: str, make: Callable[[], nn.Module], size: int, rounds: int
+) -> dict[str, object]:
+    timings = interleaved(runs(make, size), rounds)
     ours = timings["wspace.trace"]
-    print(f"\n## {name}, input 1x3x224x224, {rounds} rounds in turn\n")
+    print(f"\n## {name}, input 1x3x{size}x{size}, {rounds} rounds in turn\n")
     table(
         ["what", "first ms", "median ms", "min ms", "wspace takes × of it"],
         [
@@ -159,10 +164,11 @@ def _mlp(width: int) -> nn.Module:
 
 def main() -> None:
     options = start(__doc__)
-    rounds = options.rounds or 9
+    rounds = options.rounds
     figures = {
-        "resnet50": compare("ResNet-50", models.resnet50, rounds),
-        "resnet18": compare("ResNet-18", models.resnet18, rounds),
+        "resnet50_224": compare("ResNet-50", models.resnet50, 224, rounds),
+        "resnet50_32": compare("ResNet-50", models.resnet50, 32, rounds),
+        "resnet18_224": compare("ResNet-18", models.resnet18, 224, rounds),
         "stages": stages(rounds),
         "growth": growth(max(3, rounds // 2)),
     }

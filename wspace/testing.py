@@ -355,7 +355,7 @@ def _gap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _magnitude(t: Tensor) -> float:
-    finite = t[torch.isfinite(t)].abs()
+    finite = t[torch.isfinite(t)].to(torch.float64 if not t.is_complex() else t.dtype).abs()
     return float(finite.max()) if finite.numel() else 0.0
 
 

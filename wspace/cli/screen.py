@@ -75,7 +75,7 @@ def facts(out: Console, title: str, rows: Iterable[tuple[str, str | Text]]) -> N
 
 def lines(out: Console, rows: Iterable[tuple[str, str | Text]]) -> None:
     """The lines of `facts`, without a heading."""
-    grid = Table.grid(padding=(0, 2, 0, 2))
+    grid = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
     grid.add_column(style="dim", no_wrap=True, min_width=10)
     grid.add_column(overflow="fold")
     for name, finding in rows:

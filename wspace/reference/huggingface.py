@@ -64,7 +64,7 @@ def from_hf(name: str, *, meta: bool, weights: bool | Literal["auto"]) -> Model:
 
 
 def _rearranged(raw: Checkpoint, kind: Any) -> Checkpoint | None:
-    """The weights as transformers renames and fuses them while loading; None if it cannot either."""
+    """The weights as transformers rearranges them while loading; None if it cannot either."""
     # From version 5 on, its modules differ from the files of the hub: ViT has other names, experts
     # of Mixtral are one tensor. `raw` has been read, so the files are known to be safe.
     folder = raw.path

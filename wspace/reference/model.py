@@ -71,8 +71,8 @@ def library(name: str, extra: str, scheme: str) -> ModuleType:
             raise
         raise MissingExtra(
             message(
-                f"resolve: {scheme}: needs {name}",
-                help=f"pip install {name}, or pip install 'wspace[{extra}]'",
+                f"resolve: {scheme}: needs {package}",
+                help=f"pip install {package}, or pip install 'wspace[{extra}]'",
             )
         ) from error
 

@@ -64,17 +64,18 @@ def _dots(drawing: Drawing) -> "Figure":
             own = _height(drawing.sets[i])
             places[i] = _placed(drawing.sets[i], COLUMN * column, top, own)
             top -= own + GAP
-    low, high = -tall / 2 - 0.95, tall / 2 + 0.8
-    ax, figure = _canvas((-0.75, wide + 0.75), (low, high), drawing.title)
     arcs = [k for k in drawing.links if k.weight is None]
+    top = tall / 2 + 0.2 + 0.13 * len(arcs)
+    low, high = -tall / 2 - 0.95, top + 0.5
+    ax, figure = _canvas((-0.75, wide + 0.75), (low, high), drawing.title)
     for link in drawing.links:
         if link.weight is not None:
             _bundle(ax, link.weight, places[link.source], places[link.target])
     for number, link in enumerate(arcs):
-        _arc(ax, places[link.source], places[link.target], number)
+        _arc(ax, places[link.source], places[link.target], tall / 2 + 0.13 * (number + 2))
     for i, place in places.items():
         _units(ax, drawing, drawing.sets[i], place)
-    _link_labels(ax, drawing, places, tall / 2 + 0.3)
+    _link_labels(ax, drawing, places, top)
     _legend(ax, (-0.7, low + 0.12), arcs=bool(arcs))
     return figure
 
@@ -135,18 +136,17 @@ def _ends(y: Matrix, count: int) -> Matrix:
     return y if len(y) == count else np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(y)), y)
 
 
-def _arc(ax: Any, a: _Place, b: _Place, number: int) -> None:
-    """A curved grey line from below one set to below the other."""
+def _arc(ax: Any, a: _Place, b: _Place, peak: float) -> None:
+    """A curved grey line over everything that stands between two sets."""
     from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path as Curve
 
-    across = abs(b.x - a.x) or 1.0
-    bend = 0.22 + 0.05 * (number % 3) if across > COLUMN else 0.12
-    ax.add_patch(
-        FancyArrowPatch(
-            (a.x, a.high), (b.x, b.high), connectionstyle=f"arc3,rad=-{bend}", arrowstyle="-|>",
-            mutation_scale=9, lw=1.3, color=DIM, alpha=0.75, zorder=2, shrinkA=2, shrinkB=2,
-        )
-    )  # fmt: skip
+    third = (b.x - a.x) / 3
+    up = (peak - 0.125 * (a.high + b.high)) / 0.75  # heights of the controls, for that peak
+    points = [(a.x, a.high), (a.x + third, up), (b.x - third, up), (b.x, b.high)]
+    curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
+    ax.add_patch(FancyArrowPatch(path=curve, arrowstyle="-|>", mutation_scale=9, lw=1.3, color=DIM,
+                                 alpha=0.75, zorder=2))  # fmt: skip
 
 
 def _units(ax: Any, drawing: Drawing, nodes: NodeSet, place: _Place) -> None:
@@ -213,6 +213,7 @@ def _legend(ax: Any, corner: tuple[float, float], *, arcs: bool) -> None:
 # --- sets as boxes ---------------------------------------------------------------------------------
 
 ROW = 1.02  # inches between depths
+CLOSE = 0.66  # inches between depths with no parameter between them
 WIDTH = 1.75  # inches of a box
 HEIGHT = 0.36
 SPACE = 0.75  # inches between boxes of one depth
@@ -222,58 +223,100 @@ THUMB = 0.46  # inches of a thumbnail
 def _boxes(drawing: Drawing) -> "Figure":
     layers = drawing.layers()
     most = max((len(layer) for layer in layers), default=1)
-    centre: dict[int, tuple[float, float]] = {}
-    for row, layer in enumerate(layers):
-        for k, i in enumerate(layer):
-            x = (k - (len(layer) - 1) / 2) * (WIDTH + SPACE)
-            centre[i] = (x, -ROW * row)
-    half = max(most * (WIDTH + SPACE) / 2, 2.3) + 0.9
-    low = -ROW * max(len(layers) - 1, 0) - 0.9
-    ax, figure = _canvas((-half, half), (low, 0.55), drawing.title)
+    half = max(most * (WIDTH + SPACE) / 2, 2.3)
     row_of = {i: row for row, layer in enumerate(layers) for i in layer}
+    heights = _rows(drawing, row_of, len(layers))
+    centre = {
+        i: ((k - (len(layer) - 1) / 2) * (WIDTH + SPACE), heights[row])
+        for row, layer in enumerate(layers)
+        for k, i in enumerate(layer)
+    }
+    long = [k for k in drawing.links if row_of[k.target] - row_of[k.source] != 1]
+    lanes = _lanes([(row_of[k.source], row_of[k.target]) for k in long])
+    right = half + 0.14 * (max(lanes, default=0) + 1) + 0.2
+    low = heights[-1] - 0.75
+    ax, figure = _canvas((-half - 0.2, right), (low, 0.45), drawing.title)
     for link in drawing.links:
-        _connect(ax, link, centre, (row_of[link.source], row_of[link.target]), half)
+        if row_of[link.target] - row_of[link.source] == 1:
+            _connect(ax, link, centre, drawing.links)
+    for link, lane in zip(long, lanes, strict=True):
+        rows = range(row_of[link.source], row_of[link.target] + 1)
+        reach = max((len(layers[r]) for r in rows), default=1) * (WIDTH + SPACE) / 2
+        _around(ax, link, centre, max(reach, WIDTH / 2 + 0.9) + 0.14 * lane)
     for i, (x, y) in centre.items():
-        nodes = drawing.sets[i]
-        colour = _colour(drawing, nodes)
-        _box(ax, (x - WIDTH / 2, y - HEIGHT / 2), (WIDTH, HEIGHT), colour)
-        ax.text(x, y + (0.055 if nodes.notes else 0), f"{nodes.label} · {nodes.size:,}", size=8.5,
-                ha="center", va="center", color=INK, weight="bold", zorder=6)  # fmt: skip
-        if nodes.notes:
-            more = f" +{len(nodes.notes) - 1}" if len(nodes.notes) > 1 else ""
-            ax.text(x, y - 0.095, short(nodes.notes[0], 30 - len(more)) + more, size=5.5,
-                    ha="center", va="center", color=DIM, zorder=6)  # fmt: skip
-    _legend(ax, (-half + 0.15, low + 0.2), arcs=any(k.weight is None for k in drawing.links))
+        _labelled_box(ax, drawing.sets[i], (x, y), _colour(drawing, drawing.sets[i]))
+    arcs = any(k.weight is None for k in drawing.links)
+    _legend(ax, (-half - 0.05, low + 0.2), arcs=arcs)
     return figure
 
 
-def _connect(
-    ax: Any,
-    link: Link,
-    centre: dict[int, tuple[float, float]],
-    rows: tuple[int, int],
-    half: float,
-) -> None:
-    from matplotlib.patches import FancyArrowPatch
+def _rows(drawing: Drawing, row_of: dict[int, int], count: int) -> list[float]:
+    """Height of each row; rows with nothing to show between them stand closer."""
+    wide = {row_of[k.target] for k in drawing.links if k.label}
+    heights = [0.0]
+    for row in range(1, count):
+        heights.append(heights[-1] - (ROW if row in wide else CLOSE))
+    return heights
 
+
+def _labelled_box(ax: Any, nodes: NodeSet, middle: tuple[float, float], colour: str) -> None:
+    x, y = middle
+    _box(ax, (x - WIDTH / 2, y - HEIGHT / 2), (WIDTH, HEIGHT), colour)
+    name = f"{short(nodes.label, 20)} · {nodes.size:,}"
+    ax.text(x, y + (0.055 if nodes.notes else 0), name, size=8.5, ha="center", va="center",
+            color=INK, weight="bold", zorder=6)  # fmt: skip
+    if nodes.notes:
+        more = f" +{len(nodes.notes) - 1}" if len(nodes.notes) > 1 else ""
+        note = short(nodes.notes[0], 34 - len(more)) + more
+        ax.text(x, y - 0.095, note, size=5.5, ha="center", va="center", color=DIM, zorder=6)
+
+
+def _lanes(spans: list[tuple[int, int]]) -> list[int]:
+    """A lane for each span of rows, so that spans that overlap are beside each other."""
+    taken: list[tuple[int, int, int]] = []
+    lanes: dict[int, int] = {}
+    for at in sorted(range(len(spans)), key=lambda i: abs(spans[i][1] - spans[i][0])):
+        start, end = sorted(spans[at])
+        used = {lane for a, b, lane in taken if a < end and start < b}
+        lanes[at] = next(n for n in range(len(spans) + 1) if n not in used)
+        taken.append((start, end, lanes[at]))
+    return [lanes[i] for i in range(len(spans))]
+
+
+Centres = dict[int, tuple[float, float]]
+
+
+def _connect(ax: Any, link: Link, centre: Centres, links: Sequence[Link]) -> None:
+    """A line to the next row with right angles, and the parameter on it."""
     (x0, y0), (x1, y1) = centre[link.source], centre[link.target]
-    start, end = (x0, y0 - HEIGHT / 2), (x1, y1 + HEIGHT / 2)
-    far = rows[1] - rows[0] != 1
-    style = "arc3,rad=0"
-    if far:  # around the boxes between, on the side that is nearer
-        side = 1 if x0 + x1 >= 0 else -1
-        start, end = (x0 + side * WIDTH / 2, y0), (x1 + side * WIDTH / 2, y1)
-        bend = 0.32 if abs(rows[1] - rows[0]) < 4 else 0.2
-        style = f"arc3,rad={-side * bend}"
-    bare = link.weight is None and not link.label
+    out = sum(k.source == link.source for k in links)
+    into = sum(k.target == link.target for k in links)
+    start, end = y0 - HEIGHT / 2, y1 + HEIGHT / 2
+    turn = start - 0.07 if out >= into else end + 0.13
+    _path(ax, [(x0, start), (x0, turn), (x1, turn), (x1, end)], named=bool(link.label))
+    if link.label:
+        _thumbnail(ax, link, (x1 if out >= into else x0, (start + end) / 2))
+
+
+def _around(ax: Any, link: Link, centre: Centres, x: float) -> None:
+    """A line past the rows between, to the right of them."""
+    (x0, y0), (x1, y1) = centre[link.source], centre[link.target]
+    corners = [(x0 + WIDTH / 2, y0 - 0.06), (x, y0 - 0.06), (x, y1 + 0.06), (x1 + WIDTH / 2, y1 + 0.06)]
+    _path(ax, corners, named=bool(link.label))
+    if link.label:
+        _thumbnail(ax, link, (x, (y0 + y1) / 2))
+
+
+def _path(ax: Any, corners: list[tuple[float, float]], *, named: bool) -> None:
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path as Curve
+
     ax.add_patch(
         FancyArrowPatch(
-            start, end, connectionstyle=style, arrowstyle="-|>", mutation_scale=8,
-            lw=1.0 if bare else 1.5, color=FAINT if bare else DIM, zorder=2, shrinkA=0, shrinkB=0,
+            path=Curve(corners), arrowstyle="-|>", mutation_scale=8, lw=1.4 if named else 1.0,
+            color=DIM if named else FAINT, zorder=2, joinstyle="round",
         )
     )  # fmt: skip
-    if link.label and not far:
-        _thumbnail(ax, link, ((x0 + x1) / 2, (y0 + y1) / 2))
 
 
 def _thumbnail(ax: Any, link: Link, middle: tuple[float, float]) -> None:

@@ -22,8 +22,10 @@ from wspace.trace.capture import (
 )
 from wspace.trace.derive import Naming, build_params
 from wspace.trace.families import Family, find_families
+from wspace.trace.gauges import derive_gauges
 from wspace.trace.rules import apply, known
 from wspace.trace.solve import Axis, Solver
+from wspace.trace.wiring import wire
 
 
 def trace(
@@ -78,11 +80,16 @@ def trace(
             break
         families = [f for f in families if f not in naming.rejected]
     buffers = {name for name, _ in persistent_float_buffers(module)}
+    build_params(naming, program, buffers, {})  # names groups in the order of the parameters
+    gauges = derive_gauges(naming, program)
+    naming.add_kinds(gauges)
     return WeightSpace(
         params=build_params(naming, program, buffers, roles_of(program)),
+        gauges=gauges,
         opaque=tuple(dict.fromkeys(opaque)),
         capture="concrete" if program.concrete else "abstract",
         extra=naming.extra(),
+        wiring=wire(program, solver, naming),
     )
 
 

@@ -6,8 +6,9 @@ and neighbouring fixed factors are merged, so that the description is as short a
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from wspace.space import Axis, Concat, Group, Param, Role
+from wspace.space import Axis, Concat, Gauge, Group, Param, Role
 from wspace.trace.capture import Program, Value
 from wspace.trace.families import Family
 from wspace.trace.solve import Axis as Atoms
@@ -27,10 +28,13 @@ class Naming:
         values = list(values)
         while any([self._flatten_cases(axis) for v in values for axis in v.axes]):
             s.settle([v.axes for v in values])
-        self.trees = {id(v): [self._tree(axis) for axis in v.axes] for v in values}
+        self.trees = {id(v): [self.tree(axis) for axis in v.axes] for v in values}
         self.over = self._dependences()
         self._slots: dict[int, tuple[Family, int, Value]] = {}
         self._indices: dict[int, int] = {}
+        self._alias: dict[int, int] = {}
+        self._merged: dict[int, int] = {}
+        self._leading: set[int] = set()
         self.rejected = [f for f in families if not self._join(f)]
         self._merge_unsplit()
         self._names: dict[int, Group] = {}
@@ -38,7 +42,8 @@ class Naming:
 
     # ------------------------------------------------------------------- trees
 
-    def _tree(self, axis: Atoms) -> Tree:
+    def tree(self, axis: Atoms) -> Tree:
+        """The axis as a tree of atoms, before groups were merged or families joined."""
         s = self.s
         factors = s.resolve(axis)
         out: Tree = []
@@ -51,12 +56,12 @@ class Naming:
             if any((c := s.cases(b)) is not None and c[0] == a for b in rest):
                 out.append(
                     [
-                        self._tree(part + s._restrict_axis(rest, a, j))
+                        self.tree(part + s._restrict_axis(rest, a, j))
                         for j, part in enumerate(parts)
                     ]
                 )
                 return out
-            out.append([self._tree(part) for part in parts] if s.free((a,)) else a)
+            out.append([self.tree(part) for part in parts] if s.free((a,)) else a)
         return out
 
     def _flatten_cases(self, axis: Atoms) -> bool:
@@ -93,7 +98,7 @@ class Naming:
             for key, trees in self.trees.items()
             if not any(key in branch for branch in inside)
             for tree in trees
-            for a in _atoms(tree)
+            for a in atoms_of(tree)
         }
         alias: dict[int, int] = {}
         for k in range(1, family.size):
@@ -132,6 +137,7 @@ class Naming:
         for a in dict.fromkeys(alias.values()):
             self.over[a] = [index, *(o for o in self.over[a] if o != index)]
             self._raw_over[a] = self._raw_over[a] | {index}
+        self._alias |= alias
         for b in alias:
             self.over.pop(b, None)
             self._raw_over.pop(b, None)
@@ -151,9 +157,40 @@ class Naming:
         family, k, first = found
         return (self.group(self._indices[id(family)]).name, k), first.names[0]
 
+    def skips(self, atom: int) -> bool:
+        """True if what is said of this atom is said of another: a later slice, a leading factor."""
+        return atom in self._alias or atom in self._leading
+
+    def canonical(self, atom: int) -> int:
+        """The atom whose group stands for this one in the space."""
+        while atom in self._merged:
+            if atom in self._leading:
+                break
+            atom = self._merged[atom]
+        return atom
+
+    def copies(self, value: Value, atom: int) -> tuple[str, ...]:
+        """Names of a parameter and, for a group private to a family, of its other slices."""
+        slot = self._slots.get(id(value))
+        if slot is None or atom not in self._alias.values():
+            return value.names[:1]
+        family = slot[0]
+        (place,) = (ps for ps in family.params if any(v is value for v in ps))
+        return tuple(v.names[0] for v in place)
+
+    def local(self, group: Group, places: Iterable[tuple[Value, int]]) -> bool:
+        """True if every axis named says at which index of `group.over` it stands."""
+        for value, d in places:
+            here = {g.name for g in self.axis(self.trees[id(value)][d]).groups()}
+            slot = self.slot(value)
+            here |= {slot[0][0]} if slot else set()
+            if not here.issuperset(group.over):
+                return False
+        return True
+
     def extra(self) -> tuple[Group, ...]:
         """Groups that index families but no axis."""
-        used = {a for tree in self._axes_trees() for a in _atoms(tree)}
+        used = {a for tree in self._axes_trees() for a in atoms_of(tree)}
         return tuple(self.group(i) for i in self._indices.values() if i not in used)
 
     # ------------------------------------------------------------ dependences
@@ -162,7 +199,7 @@ class Naming:
         """For every free atom, in order of appearance: what its permutation may depend on."""
         order: dict[int, int] = {}
         for tree in self._axes_trees():
-            for atom in _atoms(tree):
+            for atom in atoms_of(tree):
                 order.setdefault(atom, len(order))
         over = {
             a: {o for o in self.s.over(a) if o in order and o != a}
@@ -202,6 +239,8 @@ class Naming:
                     for key, deps in self._raw_over.items():
                         if deps & {a, b}:
                             self._raw_over[key] = (deps - {a, b}) | {joint}
+                    self._merged |= {a: joint, b: joint}
+                    self._leading.add(a)
                     changed = True
                     break
 
@@ -248,6 +287,17 @@ class Naming:
             self._names[atom] = found
         return found
 
+    def add_kinds(self, gauges: Iterable[Gauge]) -> None:
+        """Records on every group which diagonal symmetries act on it."""
+        found: dict[str, list[str]] = {}
+        for gauge in gauges:
+            kinds = found.setdefault(gauge.group, ["permutation"])
+            if gauge.kind not in kinds:
+                kinds.append(gauge.kind)
+        for atom, g in self._names.items():
+            if g.name in found:
+                self._names[atom] = replace(g, kinds=tuple(found[g.name]))
+
     def axis(self, tree: Tree) -> Axis:
         """The tree in terms of named groups, neighbouring fixed factors merged."""
         factors: list[Group | Concat] = []
@@ -280,11 +330,11 @@ def _merge_fixed(parts: list[Axis]) -> tuple[Axis, ...]:
     return tuple(out)
 
 
-def _atoms(tree: Tree) -> Iterator[int]:
+def atoms_of(tree: Tree) -> Iterator[int]:
     for node in tree:
         if isinstance(node, list):
             for part in node:
-                yield from _atoms(part)
+                yield from atoms_of(part)
         else:
             yield node
 

@@ -116,7 +116,7 @@ class Builder:
     def __post_init__(self) -> None:
         self.ledger = Ledger([v.shape for v in self.params])
         self._fits: dict[tuple[int, ...], tuple[list[Shape], object]] = {}
-        self._inputs: dict[tuple[object, ...], Ids] = {}
+        self.inputs: dict[tuple[object, ...], Ids] = {}
         self._coords: dict[tuple[int, ...], tuple[Ids, ...]] = {}
 
     # ------------------------------------------------------------------- leaves
@@ -193,12 +193,12 @@ class Builder:
 
     def axis_units(self, key: tuple[object, ...], value: Value, dims: Sequence[int]) -> Ids:
         """Units of dimensions of an input (or of unnamed positions); the same ones for each use."""
-        units = self._inputs.get(key)
+        units = self.inputs.get(key)
         if units is None:
             units = self.new_units(
                 value.shape, set(dims), "input", "input", not self.free(value, dims)
             )
-            self._inputs[key] = units
+            self.inputs[key] = units
         return units
 
     # ------------------------------------------------------------------ features

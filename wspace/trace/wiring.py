@@ -15,7 +15,7 @@ import numpy as np
 
 from wspace.space import Axis
 from wspace.trace.capture import Call, Program, Value
-from wspace.trace.connect import contract, look_up, pair
+from wspace.trace.connect import CONTRACTIONS, look_up
 from wspace.trace.derive import Naming
 from wspace.trace.places import Lost, block_of, fit
 from wspace.trace.rules import arguments, dims_of
@@ -30,7 +30,7 @@ from wspace.trace.units import (
     map_state,
     varying,
 )
-from wspace.trace.unitviews import Ids, align, slices, views
+from wspace.trace.unitviews import Ids, slices, views
 from wspace.wiring import Block, NodeSet, Wiring
 
 _LINEAR = frozenset("add sub rsub copy index_put index_add scatter_add slice_scatter "
@@ -146,8 +146,8 @@ class _Walk:
             return [look_up(self.b, call, states[0])]
         if states[0] is not None and (made := views(call)) is not None:
             return self._view(call, states[0], made)
-        if name in _CONTRACTIONS:
-            return _CONTRACTIONS[name](self, call)
+        if name in CONTRACTIONS:
+            return CONTRACTIONS[name](self, call)
         if name in ("cat", "stack", "concat"):
             return [self._cat(call)]
         if name in _REDUCTIONS and not isinstance(arguments(call).get("other"), Value):
@@ -458,48 +458,89 @@ def _cat_weights(states: list[State], sizes: list[int], d: int, rank: int) -> We
     return Weight(tuple(leaves))
 
 
-# -------------------------------------------------------------------- contractions
+# ---------------------------------------------------------------------- finishing
 
 
-def _matmul(walk: _Walk, call: Call) -> list[State]:
-    bound = arguments(call)
-    name = call.name
-    keys = {
-        "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "mv": ("self", "vec"),
-        "dot": ("self", "tensor"), "vdot": ("self", "tensor"), "addmm": ("mat1", "mat2"),
-        "baddbmm": ("batch1", "batch2"), "addmv": ("mat", "vec"),
-    }[name]  # fmt: skip
-    a, c = bound[keys[0]], bound[keys[1]]
-    labels = {
-        "mm": ("ai", "ib", "ab"), "addmm": ("ai", "ib", "ab"), "bmm": ("nai", "nib", "nab"),
-        "baddbmm": ("nai", "nib", "nab"), "mv": ("ai", "i", "a"), "addmv": ("ai", "i", "a"),
-        "dot": ("i", "i", ""), "vdot": ("i", "i", ""),
-    }[name]  # fmt: skip
-    out = call.outs[0]
-    numbers = [["naib".index(x) for x in text] for text in labels]
-    state = contract(walk, (a, c), numbers, out, "linear")
-    if name.startswith(("addm", "badd")):
-        state = _add(walk, call, state, bound["self"], out)
-    return [state]
+def _leftovers(b: Builder) -> None:
+    """What no block holds becomes a feature of the global unit."""
+    for i, value in enumerate(b.params):
+        for window in b.ledger.rest(i):
+            coords = [np.zeros((1,) * len(value.shape), np.int64)]
+            for k, w in enumerate(window):
+                shape = [-1 if j == k else 1 for j in range(len(window))]
+                coords.append(np.arange(*w).reshape(shape))
+            zero = np.zeros((1,) * len(value.shape), np.int64)
+            for shape in fit(b.sets, coords, (zero,)):
+                b.blocks.append(block_of(shape, b.names[i], "global", "rest"))
 
 
-def _add(walk: _Walk, call: Call, state: State, bias: Value, out: Value) -> State:
-    """A contraction's result plus another operand."""
-    walk.state[id(out)] = state
-    walk.uses[id(out)] += 1
-    try:
-        result = walk.pointwise(call, "add", [out, bias], out)
-    finally:
-        walk.uses[id(out)] -= 1
-    return result
+def _finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
+    """Blocks with occurrences told apart, node sets with what their blocks say about them."""
+    used = {0} | outputs
+    for block in b.blocks:
+        used |= {e.nodes for e in (block.source, block.target) if e is not None}
+    number = {old: new for new, old in enumerate(sorted(used))}
+    depth, acts = dict.fromkeys(number, 0), {old: dict[str, None]() for old in number}
+    groups: dict[int, dict[str, None]] = {old: {} for old in number}
+    axes = {
+        v.names[0]: [naming.axis(t) for t in naming.trees[id(v)]] for v in b.params
+    }
+    blocks: list[Block] = []
+    seen: Counter[tuple[object, ...]] = Counter()
+    for block in b.blocks:
+        if block.source is None:
+            key = (block.target.nodes, block.op, block.tag, block.window if block.structural else ())
+            seen[key] += 1
+            if seen[key] > 1 and not _same_use(block, blocks):
+                block = replace(block, tag=f"{block.tag}#{seen[key]}")
+        else:
+            source, target = block.source.nodes, block.target.nodes
+            depth[target] = max(depth[target], depth[source] + 1)
+            acts[source].update(dict.fromkeys(_acts(block.tag)))
+        _note_groups(groups, block, axes)
+        blocks.append(block)
+    nodes = tuple(
+        NodeSet(
+            b.sets.sizes[old],
+            "output" if old in outputs and old else b.sets.kinds[old],
+            b.sets.ops[old],
+            depth[old],
+            b.sets.fixed[old],
+            tuple(acts[old]),
+            tuple(groups[old]),
+        )
+        for old in number
+    )
+    return Wiring(nodes, tuple(_renumber(x, number) for x in blocks), tuple(dict.fromkeys(b.unknown)))
 
 
-def _linear(walk: _Walk, call: Call) -> list[State]:
-    bound = arguments(call)
-    x, w, out = bound["input"], bound["weight"], call.outs[0]
-    lead = list(range(len(x.shape) - 1))
-    i, o = len(lead), len(lead) + 1
-    state = contract(walk, (x, w), [[*lead, i], [o, i], [*lead, o]], out, "linear")
-    if bound.get("bias") is not None:
-        state = _add(walk, call, state, bound["bias"], out)
-    return [state]
+def _same_use(block: Block, blocks: list[Block]) -> bool:
+    """True if the last block is another piece of the same use."""
+    last = blocks[-1] if blocks else None
+    return last is not None and (last.param, last.op) == (block.param, block.op)
+
+
+def _acts(tag: str) -> list[str]:
+    trail = tag.split("|")[-1] if "|" in tag or "=" not in tag else ""
+    return [x for x in trail.split(";") if x and not x.isdigit()]
+
+
+def _note_groups(
+    groups: dict[int, dict[str, None]], block: Block, axes: dict[str, list[Axis]]
+) -> None:
+    for ends in (block.source, block.target):
+        if ends is None or block.structural:
+            continue
+        for loop in ends.loops:
+            k = block.of[loop]
+            if k >= 0:
+                names = (g.name for g in axes[block.param][k].groups() if not g.fixed)
+                groups[ends.nodes].update(dict.fromkeys(names))
+
+
+def _renumber(block: Block, number: dict[int, int]) -> Block:
+    ends = [
+        None if e is None else replace(e, nodes=number[e.nodes]) for e in (block.source, block.target)
+    ]
+    assert ends[1] is not None
+    return replace(block, source=ends[0], target=ends[1])

@@ -1,0 +1,1 @@
+def plot_graph(*a, **k): raise NotImplementedError
