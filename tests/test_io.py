@@ -89,7 +89,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-# --- there and back --------------------------------------------------------------------------------
+# --- there and back -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin", ".ckpt"])
@@ -292,7 +292,7 @@ def test_targets_that_do_not_fit(shards: Path, tmp_path: Path) -> None:
             save_checkpoint(state, path, like=like)
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 class Evil:
@@ -470,7 +470,7 @@ def test_nonfinite_weights_are_reported(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "x.safetensors").nonfinite == {"0.bias": 2, "f8": 1, "z": 1}
 
 
-# --- fitting ---------------------------------------------------------------------------------------
+# --- fitting --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -547,7 +547,7 @@ def test_load_into_is_all_or_nothing() -> None:
         load_into(module.to("meta"), state)
 
 
-# --- plain checkpoints -----------------------------------------------------------------------------
+# --- plain checkpoints ----------------------------------------------------------------------------
 
 
 def renamed(module: nn.Module, names: Mapping[str, str]) -> State:
@@ -636,8 +636,9 @@ def test_activation_follows_the_norm() -> None:
 
 
 def test_random_state_is_not_touched() -> None:
+    state = mlp()
     before = torch.get_rng_state()
-    module_from_checkpoint(mlp())
+    module_from_checkpoint(state)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -653,7 +654,10 @@ def test_batchnorm_of_old_files() -> None:
     ("state", "text"),
     [
         ({}, "an empty checkpoint"),
-        ({"a.weight": (5, 3), "b.weight": (2, 4)}, r"link a \(Linear.*→ b \(Linear.*5 features"),
+        (
+            {"a.weight": (5, 3), "b.weight": (2, 4)},
+            r"a \(Linear.*→ b \(Linear.*\n.*takes 5 features",
+        ),
         ({"a.weight": (5, 3, 3, 3), "b.weight": (2, 12)}, r"a \(Conv2d.*→ b \(Linear"),
         ({"a.weight": (5, 3), "b.weight": (7, 5, 3, 3)}, r"→ b \(Conv2d"),
         ({"a.weight": (6, 3, 3, 3), "b.weight": (4, 3, 3, 3)}, "6 channels of a 2-d image"),
@@ -722,7 +726,7 @@ def test_order_in_safetensors_is_never_guessed(tmp_path: Path) -> None:
         module_from_checkpoint(broken)
 
 
-# --- Hugging Face ----------------------------------------------------------------------------------
+# --- Hugging Face ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", ["4KB", "1GB"])

@@ -59,7 +59,12 @@ class Operand:
 
 
 def contract(
-    walk: Walk, values: tuple[Value, Value], labels: Sequence[Labels], out: Value, op: str, tag: str = ""
+    walk: Walk,
+    values: tuple[Value, Value],
+    labels: Sequence[Labels],
+    out: Value,
+    op: str,
+    tag: str = "",
 ) -> State:
     """The state of a contraction of two values.
 
@@ -79,9 +84,7 @@ def contract(
     return combine(walk, a, c, labels[2], out, op, tag)
 
 
-def combine(
-    walk: Walk, a: Operand, c: Operand, lo: Labels, out: Value, op: str, tag: str
-) -> State:
+def combine(walk: Walk, a: Operand, c: Operand, lo: Labels, out: Value, op: str, tag: str) -> State:
     """As `contract`, for operands that may have been reshaped."""
     grid = 1 + max([*a.labels, *c.labels, *lo], default=0)
     sizes = {**a.sizes(), **c.sizes()}
@@ -127,9 +130,11 @@ def _weigh(
         near = _lay([_axis(walk, x, dims)], x.labels, grid)
     wanted = {d for d in lo if d in moves or any(d in varying(t, grid) for t in near)}
     shape = [sizes.get(d, 1) for d in range(grid)]
-    fixed = not b.free(out, [i for i, d in enumerate(lo) if d in wanted]) if len(
-        out.shape
-    ) == len(lo) else not b.free(out, [1])
+    fixed = (
+        not b.free(out, [i for i, d in enumerate(lo) if d in wanted])
+        if len(out.shape) == len(lo)
+        else not b.free(out, [1])
+    )
     order = [shape[d] if d in wanted else 1 for d in lo]
     units = b.sets.new(int(np.prod(order)), "hidden", op, fixed=fixed).reshape(order)
     target = to_grid(units, lo, grid)
@@ -188,13 +193,21 @@ def _chain(
         return None
     summed = [x for x in a.labels if x in c.labels and x not in lo]
     shape = [sizes[d] for d in summed]
-    inner = b.sets.new(int(np.prod(shape)), "hidden", "weight", fixed=not b.free(a.value, [a.labels.index(d) for d in summed]))
+    inner = b.sets.new(
+        int(np.prod(shape)),
+        "hidden",
+        "weight",
+        fixed=not b.free(a.value, [a.labels.index(d) for d in summed]),
+    )
     inner = inner.reshape(*[1] * len(lo), *shape)
     out = []
     for operand in (a, c):
         for leaf in operand.state.leaves:  # type: ignore[union-attr]
             coords = _lay(leaf.coords, operand.labels, grid)
-            coords = [t.transpose(*lo, *summed, *[d for d in range(grid) if d not in (*lo, *summed)]) for t in coords]
+            coords = [
+                t.transpose(*lo, *summed, *[d for d in range(grid) if d not in (*lo, *summed)])
+                for t in coords
+            ]
             coords = [t.reshape(t.shape[: len(lo) + len(summed)]) for t in coords]
             out.append(Leaf(leaf.param, tuple(coords), "", inner))
     return Weight(tuple(out))
@@ -298,7 +311,7 @@ def _convolution(walk: Walk, call: Call) -> list[State]:
     tag = (tag + (",transposed" if transposed else "")).replace(" ", "")
     wide = [n, g, o, *outs]
     made = combine(walk, a, c, wide, out, "conv", tag)
-    channels = (w.shape[1] if transposed else w.shape[0] // groups)
+    channels = w.shape[1] if transposed else w.shape[0] // groups
     full = (out.shape[0], groups, channels, *out.shape[2:])
     state = map_state(made, lambda t: reshape(t, full, out.shape))
     bias = bound.get("bias")
@@ -362,7 +375,8 @@ def _trilinear(walk: Walk, call: Call) -> list[State]:
     bound = arguments(call)
     rank = max(len(bound[f"i{j}"].shape) + len(bound[f"expand{j}"]) for j in (1, 2, 3))
     parts = [
-        (bound[f"i{j}"], [d for d in range(rank) if d not in bound[f"expand{j}"]]) for j in (1, 2, 3)
+        (bound[f"i{j}"], [d for d in range(rank) if d not in bound[f"expand{j}"]])
+        for j in (1, 2, 3)
     ]
     lo = [d for d in range(rank) if d not in bound["sumdim"]]
     parts.sort(key=lambda p: isinstance(walk.of(p[0]), Weight))
@@ -389,7 +403,13 @@ def _named(walk: Walk, value: Value, labels: Labels, lo: Labels) -> State:
 def _grouped_mm(walk: Walk, call: Call) -> list[State]:
     bound = arguments(call)
     return [
-        contract(walk, (bound["self"], bound["mat2"]), [[0, 1], [2, 1, 3], [0, 3]], call.outs[0], "linear")
+        contract(
+            walk,
+            (bound["self"], bound["mat2"]),
+            [[0, 1], [2, 1, 3], [0, 3]],
+            call.outs[0],
+            "linear",
+        )
     ]
 
 
@@ -408,9 +428,13 @@ CONTRACTIONS: dict[str, Callable[[Walk, Call], list[State]]] = {
         "convolution _convolution convolution_overrideable mkldnn_convolution".split(), _convolution
     ),
     **dict.fromkeys(
-        ("_scaled_dot_product_" + name for name in (
-            "flash_attention_for_cpu flash_attention efficient_attention cudnn_attention "
-            "fused_attention_overrideable attention_math attention_math_for_mps").split()),
+        (
+            "_scaled_dot_product_" + name
+            for name in (
+                "flash_attention_for_cpu flash_attention efficient_attention cudnn_attention "
+                "fused_attention_overrideable attention_math attention_math_for_mps"
+            ).split()
+        ),
         _attention,
     ),
     "linear": _linear,

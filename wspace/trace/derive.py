@@ -21,9 +21,7 @@ Tree = list["int | list[Tree]"]
 class Naming:
     """Groups of a space under construction: trees of atoms in, axes of named groups out."""
 
-    def __init__(
-        self, s: Solver, values: Iterable[Value], families: Sequence[Family] = ()
-    ) -> None:
+    def __init__(self, s: Solver, values: Iterable[Value], families: Sequence[Family] = ()) -> None:
         self.s = s
         values = list(values)
         while any([self._flatten_cases(axis) for v in values for axis in v.axes]):
@@ -55,10 +53,7 @@ class Naming:
             rest = factors[i + 1 :]
             if any((c := s.cases(b)) is not None and c[0] == a for b in rest):
                 out.append(
-                    [
-                        self.tree(part + s._restrict_axis(rest, a, j))
-                        for j, part in enumerate(parts)
-                    ]
+                    [self.tree(part + s._restrict_axis(rest, a, j)) for j, part in enumerate(parts)]
                 )
                 return out
             out.append([self.tree(part) for part in parts] if s.free((a,)) else a)
@@ -286,6 +281,10 @@ class Naming:
                 return Group(str(size), size)
             self._names[atom] = found
         return found
+
+    def over_of(self, name: str) -> tuple[str, ...]:
+        """Names of the groups that a named group depends on."""
+        return next(g.over for g in self._names.values() if g.name == name)
 
     def add_kinds(self, gauges: Iterable[Gauge]) -> None:
         """Records on every group which diagonal symmetries act on it."""

@@ -16,634 +16,62 @@ a fused projection scale separately.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 from wspace.space import Gauge
-from wspace.trace.capture import PARAM, Call, Program, Value
-from wspace.trace.derive import Naming, Tree, atoms_of
-from wspace.trace.rules import arguments, dims_of
-
-Expr = dict[int, Fraction]
-Row = list[Expr]
-"""Exponents of one axis, one for every leaf of its tree."""
-
-_HOMOGENEOUS = frozenset("relu leaky_relu _prelu_kernel".split())
-_ODD = frozenset("tanh sin erf asinh atan sinh hardtanh_symmetric sign round".split())
-_EVEN = frozenset("abs cos cosh".split())
-_LINEAR = frozenset("neg clone detach alias _to_copy lift_fresh contiguous native_dropout "
-                    "positive".split())  # fmt: skip
-_VIEWS = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten permute transpose t "
-                   "unsqueeze squeeze expand repeat pixel_shuffle pixel_unshuffle diagonal "
-                   "channel_shuffle native_channel_shuffle as_strided".split())  # fmt: skip
-_SUMS = frozenset("add sub where copy lerp maximum minimum rsub".split())
-_POOLS = frozenset("avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-                   "adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-                   "upsample_bilinear2d upsample_linear1d reflection_pad2d replication_pad2d "
-                   "constant_pad_nd".split())  # fmt: skip
-_MAX_POOLS = frozenset("max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d".split())
-_REDUCE = frozenset(("sum", "mean"))
-_REDUCE_MAX = frozenset(("amax", "amin"))
-_CUTS = frozenset("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk slice select "
-                  "unbind narrow".split())  # fmt: skip
-
-
-class _System:
-    """Linear equations over rationals (scale) or modulo 2 (sign), solved by substitution."""
-
-    def __init__(self, *, sign: bool) -> None:
-        self.sign = sign
-        self.owners: list[Any] = []
-        self.pivots: dict[int, Expr] = {}
-
-    def unknown(self, owner: Any) -> Expr:
-        self.owners.append(owner)
-        return {len(self.owners) - 1: Fraction(1)}
-
-    def reduce(self, expr: Expr) -> Expr:
-        """The expression in unknowns that no equation has eliminated."""
-        todo, out = dict(expr), {}
-        while todo:
-            var, c = todo.popitem()
-            pivot = self.pivots.get(var)
-            if pivot is None:
-                self._add(out, var, c)
-            else:
-                for w, d in pivot.items():
-                    self._add(todo, w, c * d)
-        return out
-
-    def _add(self, expr: Expr, var: int, c: Fraction) -> None:
-        total = expr.get(var, Fraction(0)) + c
-        if self.sign:
-            total = Fraction(int(total) % 2)
-        if total:
-            expr[var] = total
-        else:
-            expr.pop(var, None)
-
-    def combine(self, terms: Iterable[tuple[Expr, int]]) -> Expr:
-        out: Expr = {}
-        for expr, factor in terms:
-            for var, c in expr.items():
-                self._add(out, var, c * factor)
-        return out
-
-    def zero(self, expr: Expr) -> None:
-        """Requires an expression to vanish."""
-        expr = self.reduce(expr)
-        if not expr:
-            return
-        shifts = [v for v in expr if isinstance(self.owners[v], _Shift)]
-        pivot = max((v for v in expr if v not in shifts), default=max(expr))
-        lead = expr.pop(pivot)
-        self.pivots[pivot] = {
-            v: Fraction(int(c) % 2) if self.sign else -c / lead for v, c in expr.items()
-        }
-
-    def equal(self, a: Expr, b: Expr) -> None:
-        if a is not b:
-            self.zero(self.combine([(a, 1), (b, -1)]))
-
-
-class _Shift:
-    """The freedom to shift the argument of a sine through a bias."""
-
-    def __init__(self, bias: Value, leaf: int, atom: int, amount: float) -> None:
-        self.bias, self.leaf, self.atom, self.amount = bias, leaf, atom, amount
-
-
-class _Pass:
-    """One pass over a program that turns every call into equations."""
-
-    def __init__(self, naming: Naming, program: Program, *, sign: bool) -> None:
-        self.naming, self.program = naming, program
-        self.system = _System(sign=sign)
-        self.sign = sign
-        self._rows: dict[int, list[Row]] = {}
-        self._leaves: dict[tuple[int, ...], list[int]] = {}
-        self._free: dict[int, bool] = {}
-        self._uses: dict[int, int] = {}
-        self._makers = {id(o): c for c in program.calls for o in c.outs}
-        for call in program.calls:
-            for v in call.ins:
-                self._uses[id(v)] = self._uses.get(id(v), 0) + 1
-
-    # --------------------------------------------------------------- exponents
-
-    def leaves(self, axis: tuple[int, ...]) -> list[int]:
-        """Atoms of an axis, in order, with repetition; fixed ones included."""
-        key = self.naming.s.resolve(axis)
-        if key not in self._leaves:
-            self._leaves[key] = list(atoms_of(self.naming.tree(axis)))
-        return self._leaves[key]
-
-    def is_free(self, atom: int) -> bool:
-        if atom not in self._free:
-            self._free[atom] = self.naming.s.free((atom,))
-        return self._free[atom]
-
-    def rows(self, value: Value) -> list[Row]:
-        """Exponents of a value: unknown for a parameter, zero for an input or constant."""
-        rows = self._rows.get(id(value))
-        if rows is None:
-            rows = []
-            for d, axis in enumerate(value.axes):
-                row: Row = []
-                for i, atom in enumerate(self.leaves(axis)):
-                    unknown = value.kind == PARAM and self.is_free(atom)
-                    row.append(self.system.unknown((value, d, i, atom)) if unknown else {})
-                rows.append(row)
-            self._rows[id(value)] = rows
-        return rows
-
-    def kill(self, rows: Iterable[Row]) -> None:
-        for row in rows:
-            for expr in row:
-                self.system.zero(expr)
-
-    def equate(self, a: Row, b: Row) -> None:
-        if len(a) == len(b):
-            for x, y in zip(a, b, strict=True):
-                self.system.equal(x, y)
-        else:
-            self.kill([a, b])
-
-    def oppose(self, a: Row, b: Row) -> None:
-        """Along a contracted axis the exponents of the two factors cancel."""
-        if len(a) == len(b):
-            for x, y in zip(a, b, strict=True):
-                self.system.zero(self.system.combine([(x, 1), (y, 1)]))
-        else:
-            self.kill([a, b])
-
-    def neutral(self, value: Value) -> list[Row]:
-        return [[{} for _ in self.leaves(axis)] for axis in value.axes]
-
-    # ------------------------------------------------------------------- calls
-
-    def run(self) -> None:
-        for call in self.program.calls:
-            made = self._call(call)
-            for value, rows in zip(call.outs, made, strict=False):
-                self._rows[id(value)] = self._fit(value, rows)
-            for value in call.outs[len(made) :]:
-                self._rows[id(value)] = self.neutral(value)
-        for value in self.program.outputs:
-            self.kill(self.rows(value))
-
-    def _fit(self, value: Value, rows: list[Row]) -> list[Row]:
-        expected = [len(self.leaves(axis)) for axis in value.axes]
-        if [len(r) for r in rows] == expected:
-            return rows
-        self.kill(rows)
-        return self.neutral(value)
-
-    def _call(self, call: Call) -> list[list[Row]]:
-        name = call.name
-        if call.inplace and name not in _LINEAR | _HOMOGENEOUS | _SUMS | _ODD:
-            return self._give_up(call)
-        handler = _HANDLERS.get(name)
-        if handler is not None:
-            return handler(self, call)
-        if name in _LINEAR or (name in _ODD and self.sign) or (
-            name in _HOMOGENEOUS and not self.sign
-        ):
-            if any(v.kind == PARAM for v in call.ins[1:]):
-                self.kill(r for v in call.ins[1:] for r in self.rows(v))
-            return [self._phase(call, self.rows(call.ins[0]))] * len(call.outs)
-        if name in _EVEN and self.sign:
-            return [self._phase(call, self.neutral(call.ins[0]))]
-        if name == "abs":
-            return [self.rows(call.ins[0])]
-        return self._give_up(call)
-
-    def _give_up(self, call: Call) -> list[list[Row]]:
-        for v in call.ins:
-            self.kill(self.rows(v))
-        return [self.neutral(o) for o in call.outs]
-
-    # ------------------------------------------------------------------ phases
-
-    def _phase(self, call: Call, rows: list[Row]) -> list[Row]:
-        """Adds the freedom to flip a sine's sign by shifting its argument through a bias."""
-        if call.name not in ("sin", "cos") or not self.sign or call.inplace:
-            return rows
-        value, omega = call.ins[0], 1.0
-        while (maker := self._makers.get(id(value))) is not None and self._uses[id(value)] == 1:
-            scalar = maker.args[1] if len(maker.args) > 1 else None
-            if maker.name == "mul" and isinstance(scalar, int | float) and scalar:
-                omega *= float(scalar)
-                value = maker.args[0]
-            elif maker.name in ("view", "_unsafe_view") and maker.outs[0].shape[-1] == (
-                maker.ins[0].shape[-1]
-            ):
-                value = maker.args[0]
-            else:
-                break
-        bias = self._bias_of(maker, value) if maker is not None else None
-        if bias is None or self._uses[id(value)] != 1:
-            return rows
-        last = 1 if maker is not None and maker.name == "convolution" else len(call.outs[0].axes) - 1
-        out = list(rows)
-        leaves = self.leaves(bias.axes[0])
-        if leaves != self.leaves(call.outs[0].axes[last]):
-            return rows
-        shifted = []
-        for i, (expr, atom) in enumerate(zip(rows[last], leaves, strict=True)):
-            if self.is_free(atom):
-                p = self.system.unknown(_Shift(bias, i, atom, math.pi / omega))
-                expr = self.system.combine([(expr, 1), (p, 1)])
-            shifted.append(expr)
-        out[last] = shifted
-        return out
-
-    def _bias_of(self, maker: Call, value: Value) -> Value | None:
-        """The vector that is added to a linear map's result and to nothing else."""
-        if maker.name == "addmm" and maker.outs[0] is value:
-            bias = maker.args[0]
-        elif maker.name == "convolution":
-            bias = maker.args[2]
-        elif maker.name == "add":
-            bias = next((v for v in maker.ins if v.kind == PARAM), None)
-        else:
-            return None
-        alone = isinstance(bias, Value) and bias.kind == PARAM and len(bias.shape) == 1
-        return bias if alone and self._uses[id(bias)] == 1 and len(bias.names) == 1 else None
-
-
-def _broadcast(p: _Pass, call: Call, join: Callable[[list[tuple[Row, int]]], Row]) -> list[Row]:
-    """Rows of an elementwise result, from the rows that meet in each dimension."""
-    out = call.outs[0]
-    rank = len(out.shape)
-    rows: list[Row] = []
-    for d in range(-rank, 0):
-        meeting = [
-            (p.rows(v)[d], i)
-            for i, v in enumerate(call.ins)
-            if len(v.shape) >= -d and v.shape[d] == out.shape[d] and out.shape[d] != 1
-        ]
-        absent = any(len(v.shape) < -d or v.shape[d] != out.shape[d] for v in call.ins)
-        if not meeting:
-            rows.append([{} for _ in p.leaves(out.axes[d])])
-        elif len({len(r) for r, _ in meeting}) > 1:
-            p.kill(r for r, _ in meeting)
-            rows.append([{} for _ in p.leaves(out.axes[d])])
-        else:
-            rows.append(join([*meeting, *([(_NONE, -1)] if absent else [])]))
-    return rows
-
-
-_NONE: Row = []
-
-
-def _sum(p: _Pass, call: Call) -> list[list[Row]]:
-    def join(meeting: list[tuple[Row, int]]) -> Row:
-        first = meeting[0][0]
-        for row, i in meeting[1:]:
-            p.kill([first]) if i < 0 else p.equate(first, row)
-        return first
-
-    constant = any(not isinstance(a, Value) and a not in (None, 0) for a in call.args[:2])
-    rows = _broadcast(p, call, join)
-    if constant and call.name in ("add", "sub", "rsub"):
-        p.kill(rows)
-    return [rows]
-
-
-def _product(p: _Pass, call: Call) -> list[list[Row]]:
-    divide = call.name == "div"
-
-    def join(meeting: list[tuple[Row, int]]) -> Row:
-        real = [(row, -1 if divide and i == 1 else 1) for row, i in meeting if i >= 0]
-        return [
-            p.system.combine((row[k], factor) for row, factor in real)
-            for k in range(len(real[0][0]))
-        ]
-
-    if divide and not isinstance(call.args[0], Value):
-        return p._give_up(call)
-    return [_broadcast(p, call, join)]
-
-
-def _mm(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    keys = {"mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2"),
-            "baddbmm": ("batch1", "batch2")}[call.name]  # fmt: skip
-    a, b = (p.rows(bound[k]) for k in keys)
-    p.oppose(a[-1], b[-2])
-    out = [a[-2], b[-1]]
-    if len(a) == 3:
-        same = len(a[0]) == len(b[0])
-        batch = [p.system.combine([(x, 1), (y, 1)]) for x, y in zip(a[0], b[0], strict=same)]
-        out = [batch, *out]
-    if call.name in ("addmm", "baddbmm"):
-        _meet_bias(p, bound["self"], out, call.outs[0])
-    return [out]
-
-
-def _meet_bias(p: _Pass, bias: Value, out: list[Row], value: Value) -> None:
-    rows = p.rows(bias)
-    for d in range(-len(value.shape), 0):
-        if len(bias.shape) >= -d and bias.shape[d] == value.shape[d]:
-            p.equate(out[d], rows[d])
-        else:
-            p.kill([out[d]])
-
-
-def _convolution(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    x, w = p.rows(bound["input"]), p.rows(bound["weight"])
-    source, target = (w[0], w[1]) if bound["transposed"] else (w[1], w[0])
-    neutral = p.neutral(call.outs[0])
-    if bound["groups"] == 1:
-        p.oppose(x[1], source)
-    elif bound["groups"] == bound["input"].shape[1] and len(x[1]) == len(target) == 1:
-        target = [p.system.combine([(x[1][0], 1), (target[0], 1)])]  # depthwise
-    else:
-        p.kill([x[1], source])
-        if bound["transposed"]:
-            p.kill([target])
-            target = neutral[1]
-    p.kill([*x[2:], *w[2:]])
-    if bound["bias"] is not None:
-        p.equate(target, p.rows(bound["bias"])[0])
-    return [[x[0], target, *neutral[2:]]]
-
-
-def _batch_norm(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    x = p.rows(bound["input"])
-    mean, var = bound.get("running_mean"), bound.get("running_var")
-    if mean is None or var is None or bound.get("training"):
-        p.kill(x)
-        out = x[1]
-    else:
-        p.equate(x[1], p.rows(mean)[0])
-        p.kill([*p.rows(var), *x[2:]])
-        out = x[1]
-    weight, bias = bound.get("weight"), bound.get("bias")
-    if weight is not None:
-        w = p.rows(weight)[0]
-        same = len(out) == len(w)
-        out = [p.system.combine([(a, 1), (b, 1)]) for a, b in zip(out, w, strict=same)]
-    if bias is not None:
-        p.equate(out, p.rows(bias)[0])
-    else:
-        p.equate(out, out)
-    return [[x[0], out, *x[2:]]]
-
-
-def _layer_norm(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    x: Value = bound["input"]
-    lead = len(x.shape) - len(bound["normalized_shape"])
-    p.kill(p.rows(x))
-    out = p.neutral(x)
-    weight, bias = bound.get("weight"), bound.get("bias")
-    if weight is not None:
-        out = [*out[:lead], *p.rows(weight)]
-    if bias is not None:
-        for a, b in zip(out[lead:], p.rows(bias), strict=True):
-            p.equate(a, b)
-    return [out]
-
-
-def _group_norm(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    p.kill(p.rows(bound["input"]))
-    out = p.neutral(bound["input"])
-    if bound.get("weight") is not None and len(p.rows(bound["weight"])[0]) == len(out[1]):
-        out[1] = p.rows(bound["weight"])[0]
-    if bound.get("bias") is not None:
-        p.equate(out[1], p.rows(bound["bias"])[0])
-    return [out]
-
-
-def _view(p: _Pass, call: Call) -> list[list[Row]]:
-    """Leaves keep their order under a reshape; moved dimensions take theirs along."""
-    x, out = call.ins[0], call.outs[0]
-    rows = p.rows(x)
-    name = call.name
-    if name == "permute":
-        return [[rows[d] for d in call.args[1]]]
-    if name in ("transpose", "t"):
-        order = list(range(len(rows)))
-        if order:
-            i, j = (call.args[1], call.args[2]) if name == "transpose" else (0, -1)
-            order[i], order[j] = order[j], order[i]
-        return [[rows[d] for d in order]]
-    flat = [(e, a) for r, ax in zip(rows, x.axes, strict=True) for e, a in zip(r, p.leaves(ax))]
-    made: list[Row] = []
-    position = 0
-    for axis in out.axes:
-        row: Row = []
-        for atom in p.leaves(axis):
-            if position < len(flat) and flat[position][1] == atom:
-                row.append(flat[position][0])
-                position += 1
-            elif name in ("expand", "repeat"):
-                row.append({})
-            else:
-                return p._give_up(call)
-        made.append(row)
-    return [made] if position == len(flat) else p._give_up(call)
-
-
-def _cut(p: _Pass, call: Call) -> list[list[Row]]:
-    """Slices of an axis: the leaves of the parts inside the slice, where the cuts fall on parts."""
-    bound = arguments(call)
-    x: Value = bound["self"]
-    dim = bound.get("dim", 0) % len(x.shape)
-    rows = p.rows(x)
-    starts = _starts(call, bound, x, dim)
-    made = []
-    for start, out in zip(starts, call.outs, strict=True):
-        drops = len(out.shape) < len(x.shape)
-        length = 1 if drops else out.shape[dim]
-        row = _within(p, x, dim, start, start + length) if bound.get("step", 1) == 1 else None
-        if not drops and not any(p.is_free(a) for a in p.leaves(x.axes[dim])):
-            row = p.neutral(out)[dim]
-        rest = rows[:dim] + ([] if drops else [row or []]) + rows[dim + 1 :]
-        if row is None or (drops and row):
-            p.kill([rows[dim]])
-            rest = rows[:dim] + ([] if drops else [p.neutral(out)[dim]]) + rows[dim + 1 :]
-        made.append(rest)
-    return made
-
-
-def _starts(call: Call, bound: dict[str, Any], x: Value, dim: int) -> list[int]:
-    if call.name in ("slice", "narrow", "select"):
-        start = bound.get("start", bound.get("index")) or 0
-        return [min(max(start + x.shape[dim] if start < 0 else start, 0), x.shape[dim])]
-    starts = [0]
-    for out in call.outs[:-1]:
-        starts.append(starts[-1] + (1 if call.name == "unbind" else out.shape[dim]))
-    return starts
-
-
-def _within(p: _Pass, x: Value, dim: int, start: int, stop: int) -> Row | None:
-    """Exponents of the leaves of an axis that lie in a range; None if it cuts through one."""
-    row, found, position = p.rows(x)[dim], [], 0
-
-    def visit(tree: Tree, offset: int) -> bool:
-        nonlocal position
-        total = _tree_size(p, tree)
-        count = len(list(atoms_of(tree)))
-        if total == 0 or offset + total <= start or offset >= stop:
-            position += count
-            return True
-        if start <= offset and offset + total <= stop:
-            found.extend(row[position : position + count])
-            position += count
-            return True
-        if len(tree) == 1 and isinstance(tree[0], list):
-            for part in tree[0]:
-                if not visit(part, offset):
-                    return False
-                offset += _tree_size(p, part)
-            return True
-        return all(not p.is_free(a) for a in atoms_of(tree)) and _skip(count)
-
-    def _skip(count: int) -> bool:
-        nonlocal position
-        position += count
-        return True
-
-    return found if visit(p.naming.tree(x.axes[dim]), 0) else None
-
-
-def _tree_size(p: _Pass, tree: Tree) -> int:
-    out = 1
-    for node in tree:
-        if isinstance(node, list):
-            out *= sum(_tree_size(p, t) for t in node)
-        else:
-            out *= p.naming.s.size((node,))
-    return out
-
-
-def _cat(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    tensors = [t for t in bound["tensors"] if t.shape != (0,)]
-    dim = bound.get("dim", 0) % len(tensors[0].shape)
-    out = list(p.rows(tensors[0]))
-    for other in tensors[1:]:
-        for d, row in enumerate(p.rows(other)):
-            if d != dim:
-                p.equate(out[d], row)
-    out[dim] = [e for t in tensors for e in p.rows(t)[dim]]
-    if len(out[dim]) != len(p.leaves(call.outs[0].axes[dim])):
-        return p._give_up(call)
-    return [out]
-
-
-def _reduce(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    x: Value = bound["self"]
-    if p.sign and call.name in _REDUCE_MAX:
-        return p._give_up(call)
-    dims = dims_of(bound.get("dim"), len(x.shape))
-    rows = p.rows(x)
-    p.kill(rows[d] for d in dims)
-    keep = bool(bound.get("keepdim"))
-    return [[[] if d in dims else r for d, r in enumerate(rows) if keep or d not in dims]]
-
-
-def _pool(p: _Pass, call: Call) -> list[list[Row]]:
-    if call.name == "constant_pad_nd" and call.kwargs.get("value"):
-        return p._give_up(call)
-    if p.sign and call.name in _MAX_POOLS:
-        return p._give_up(call)
-    x = call.ins[0]
-    rows, out = p.rows(x), p.neutral(call.outs[0])
-    made = []
-    for d, row in enumerate(rows):
-        same = p.naming.s.resolve(x.axes[d]) == p.naming.s.resolve(call.outs[0].axes[d])
-        if not same:
-            p.kill([row])
-        made.append(row if same else out[d])
-    return [made]
-
-
-def _embedding(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    rows = p.rows(bound["weight"])
-    p.kill([rows[0]])
-    return [[*p.neutral(call.outs[0])[:-1], rows[1]]]
-
-
-def _attention(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    q, k, v = (p.rows(bound[n]) for n in ("query", "key", "value"))
-    p.oppose(q[-1], k[-1])
-    p.kill([*q[:-1], *k[:-1], *v[:-1]])
-    if bound.get("attn_mask") is not None:
-        p.kill(p.rows(bound["attn_mask"]))
-    return [[*p.neutral(call.outs[0])[:-1], v[-1]]]
-
-
-def _weight_norm(p: _Pass, call: Call) -> list[list[Row]]:
-    bound = arguments(call)
-    v, g = bound["v"], bound["g"]
-    dim = bound.get("dim", 0) % len(v.shape)
-    rows, gain = p.rows(v), p.rows(g)
-    p.kill(r for d, r in enumerate(rows) if d != dim)
-    target = gain[dim if len(g.shape) == len(v.shape) else 0]
-    if p.sign:
-        target = [p.system.combine([(a, 1), (b, 1)]) for a, b in zip(target, rows[dim])]
-    out = p.neutral(call.outs[0])
-    out[dim] = target
-    return [out]
-
-
-def _uniform(p: _Pass, call: Call) -> list[list[Row]]:
-    return [p.neutral(call.outs[0])]
-
-
-def _pow(p: _Pass, call: Call) -> list[list[Row]]:
-    exponent = call.args[1]
-    if exponent != 2:
-        return p._give_up(call)
-    rows = p.rows(call.args[0])
-    return [[[p.system.combine([(e, 2)]) for e in r] for r in rows]]
-
-
-_HANDLERS: dict[str, Callable[[_Pass, Call], list[list[Row]]]] = {
-    **dict.fromkeys(_SUMS - {"where"}, _sum),
-    **dict.fromkeys(("mul", "div"), _product),
-    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), _mm),
-    "convolution": _convolution,
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training"), _batch_norm),
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
-    "native_group_norm": _group_norm,
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(_CUTS, _cut),
-    "cat": _cat,
-    **dict.fromkeys(_REDUCE | _REDUCE_MAX, _reduce),
-    **dict.fromkeys(_POOLS | _MAX_POOLS, _pool),
-    "embedding": _embedding,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_weight_norm_interface": _weight_norm,
-    "uniform": _uniform,
-    "pow": _pow,
-}
+from wspace.trace.capture import Program, Value
+from wspace.trace.derive import Naming
+from wspace.trace.exponents import Equations, Row, Shift
+from wspace.trace.gauge_rules import apply
 
 
 def derive_gauges(naming: Naming, program: Program) -> tuple[Gauge, ...]:
     """Every independent diagonal symmetry of a solved program."""
     out: list[Gauge] = []
     for sign in (False, True):
-        p = _Pass(naming, program, sign=sign)
+        p = Equations(naming, program, sign=sign)
         for value in program.params:
             p.rows(value)
-        p.run()
+        _run(p, program)
         out += _solutions(p, "sign" if sign else "scale")
-    return tuple(out)
+    return tuple(g for g in out if not _implied(g, out, naming))
 
 
-def _solutions(p: _Pass, kind: str) -> Iterator[Gauge]:
+def _implied(gauge: Gauge, others: Sequence[Gauge], naming: Naming) -> bool:
+    """True if a finer symmetry contains this one: a factor per head, where each unit has its own."""
+    places = sorted((name, d, e) for name, d, _, e in gauge.slots)
+    return any(
+        gauge.kind == o.kind
+        and gauge.group in naming.over_of(o.group)
+        and places == sorted((name, d, e) for name, d, _, e in o.slots)
+        for o in others
+        if not gauge.shifts
+    )
+
+
+def _run(p: Equations, program: Program) -> None:
+    """Turns every call of a program into equations."""
+    for call in program.calls:
+        made = apply(p, call)
+        for value, rows in zip(call.outs, made, strict=False):
+            p.made[id(value)] = _fit(p, value, rows)
+        for value in call.outs[len(made) :]:
+            p.made[id(value)] = p.neutral(value)
+    for value in program.outputs:
+        p.kill(p.rows(value))
+
+
+def _fit(p: Equations, value: Value, rows: list[Row]) -> list[Row]:
+    """The rows if they have the value's shape; otherwise nothing in them may scale."""
+    if [len(r) for r in rows] == [len(p.leaves(axis)) for axis in value.axes]:
+        return rows
+    p.kill(rows)
+    return p.neutral(value)
+
+
+def _solutions(p: Equations, kind: str) -> Iterator[Gauge]:
     system = p.system
     by_free: dict[int, list[tuple[Any, Fraction]]] = {}
     for var, owner in enumerate(system.owners):
@@ -653,7 +81,7 @@ def _solutions(p: _Pass, kind: str) -> Iterator[Gauge]:
         whole = math.lcm(*(c.denominator for _, c in terms))
         slots, shifts, atoms = [], [], set()
         for owner, c in terms:
-            if isinstance(owner, _Shift):
+            if isinstance(owner, Shift):
                 atoms.add(owner.atom)
                 shifts.append((owner.bias, 0, owner.leaf, owner.amount))
             else:
@@ -665,7 +93,7 @@ def _solutions(p: _Pass, kind: str) -> Iterator[Gauge]:
 
 
 def _gauge(
-    p: _Pass,
+    p: Equations,
     kind: str,
     atom: int,
     slots: Sequence[tuple[Value, int, int, int]],

@@ -242,9 +242,7 @@ def _loops(sets: Sets, grid: Grid) -> Shape:
     of += [-1] * len(more)
     order += more
     rest = [d for d in range(len(shape)) if d not in order]
-    ends = [
-        e.transpose(*order, *rest).reshape(tuple(e.shape[d] for d in order)) for e in grid.ends
-    ]
+    ends = [e.transpose(*order, *rest).reshape(tuple(e.shape[d] for d in order)) for e in grid.ends]
     sizes, of, ends = _refine([shape[d] for d in order], of, ends)
     roles = tuple(_role([e.shape[i] > 1 for e in ends]) for i in range(len(sizes)))
     return Shape(
@@ -406,5 +404,14 @@ def block_of(shape: Shape, param: str, op: str, tag: str, *, again: bool = False
     """The block of a shape: its last end is the target, the one before it, if any, the source."""
     source = shape.ends[0] if len(shape.ends) > 1 else None
     return Block(
-        param, op, source, shape.ends[-1], shape.window, shape.sizes, shape.of, shape.roles, tag, again
+        param,
+        op,
+        source,
+        shape.ends[-1],
+        shape.window,
+        shape.sizes,
+        shape.of,
+        shape.roles,
+        tag,
+        again,
     )

@@ -168,7 +168,9 @@ class Builder:
             shapes = self._fit((np.zeros((1,) * source.ndim, np.int64),), (source, target))
         except Lost:
             merged = self.gather(source)
-            for shape in fit(self.sets, (np.zeros((1,) * source.ndim, np.int64),), (merged, target)):
+            for shape in fit(
+                self.sets, (np.zeros((1,) * source.ndim, np.int64),), (merged, target)
+            ):
                 self.blocks.append(block_of(shape, "", op, tag))
             return
         self.blocks += [block_of(shape, "", op, tag) for shape in shapes]
@@ -184,7 +186,9 @@ class Builder:
                 self.blocks.append(block_of(shape, "", "gather", ""))
         return new[inverse].reshape(ids.shape)
 
-    def new_units(self, shape: Sequence[int], dims: set[int], kind: str, op: str, fixed: bool) -> Ids:
+    def new_units(
+        self, shape: Sequence[int], dims: set[int], kind: str, op: str, fixed: bool
+    ) -> Ids:
         """Index array of a new set with one unit for each index of `dims`."""
         sizes = [n if d in dims else 1 for d, n in enumerate(shape)]
         if prod(sizes) > UNITS:
@@ -238,9 +242,7 @@ class Builder:
     def materialise(self, weight: Weight, value: Value, dims: set[int], op: str) -> Units:
         """A weight as an activation: new units along `dims` with the weight as their feature."""
         shape, rank = value.shape, len(value.shape)
-        varies = {
-            d for leaf in weight.leaves for c in leaf.coords for d in varying(c, rank)
-        }
+        varies = {d for leaf in weight.leaves for c in leaf.coords for d in varying(c, rank)}
         dims = dims & varies or ({max(varies)} if varies else set())
         units = self.new_units(shape, dims, "input", op, not self.free(value, sorted(dims)))
         self.feature(weight, (units,), rank, op, "learned")
@@ -269,7 +271,9 @@ class Builder:
             kept = tuple(_first(k, dims) for k in units.kept)
             pairs = [
                 (old, _follow(stands, before, after))
-                for (old, stands), before, after in zip(units.reduced, units.kept, kept, strict=True)
+                for (old, stands), before, after in zip(
+                    units.reduced, units.kept, kept, strict=True
+                )
             ]
             return Units((), trail, False, kept, tuple(pairs))
         if not lost:
@@ -360,7 +364,12 @@ class Builder:
             number = self.sets.of(rest[i][0])
             if number is None or rest[i][0].size != self.sets.sizes[number]:
                 continue
-            if all(n >= m for ts in rest for t in ts for n, m in zip(rest[i][0].shape, t.shape, strict=True)):
+            if all(
+                n >= m
+                for ts in rest
+                for t in ts
+                for n, m in zip(rest[i][0].shape, t.shape, strict=True)
+            ):
                 best = max(best or (-1, -1), (number, i))
         return None if best is None else best[1]
 

@@ -281,9 +281,7 @@ def _uses(p: Param, group: Group) -> bool:
 
 def _rolled(x: Tensor, p: Param, group: Group) -> Tensor:
     """The tensor with every axis that the group indexes shifted by one: not a group element."""
-    dims = [
-        d for d, axis in enumerate(p.axes) if any(g.name == group.name for g in axis.groups())
-    ]
+    dims = [d for d, axis in enumerate(p.axes) if any(g.name == group.name for g in axis.groups())]
     return x.roll([1] * len(dims), dims)
 
 

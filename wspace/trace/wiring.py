@@ -216,7 +216,9 @@ class _Walk:
             for c in leaf.coords
             for d in varying(c, rank)
         }
-        units = self.b.new_units(out.shape, dims, "input", "input", not self.b.free(out, sorted(dims)))
+        units = self.b.new_units(
+            out.shape, dims, "input", "input", not self.b.free(out, sorted(dims))
+        )
         for i, weight in weights:
             self.b.feature(weight, (units,), rank, op, f"{op}.{i}")
         return Units((units,))
@@ -289,19 +291,16 @@ class _Walk:
             leaves = tuple(
                 replace(
                     leaf,
-                    coords=tuple(
-                        _drop(c, dims, gone) for c in leaf.coords
-                    ),
+                    coords=tuple(_drop(c, dims, gone) for c in leaf.coords),
                     trail=extend(leaf.trail, name),
-                    partial=leaf.partial
-                    or any(varying(c, rank) & dims for c in leaf.coords),
+                    partial=leaf.partial or any(varying(c, rank) & dims for c in leaf.coords),
                 )
                 for leaf in state.leaves
             )
             return [Weight(leaves) for _ in call.outs]
         if not isinstance(state, Units):
             return [None] * len(call.outs)
-        new = self.b.reduce(state, call.outs[0], rank, dims, name)
+        new = self.b.reduce(state, x, rank, dims, name)
         return [map_state(new, lambda a: _drop(a, dims, gone)) for _ in call.outs]
 
     def _glu(self, call: Call) -> State:
@@ -420,7 +419,8 @@ def _label(call: Call) -> str:
     numbers = [
         f"{x:g}" if isinstance(x, float) else str(x).replace(" ", "")
         for x in (*call.args, *call.kwargs.values())
-        if isinstance(x, int | float | str) and not isinstance(x, bool)
+        if isinstance(x, int | float | str)
+        and not isinstance(x, bool)
         or (isinstance(x, list | tuple) and x and all(isinstance(y, int) for y in x))
     ]
     return call.name.strip("_") + (f"({','.join(numbers)})" if numbers else "")
@@ -482,14 +482,17 @@ def _finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
     number = {old: new for new, old in enumerate(sorted(used))}
     depth, acts = dict.fromkeys(number, 0), {old: dict[str, None]() for old in number}
     groups: dict[int, dict[str, None]] = {old: {} for old in number}
-    axes = {
-        v.names[0]: [naming.axis(t) for t in naming.trees[id(v)]] for v in b.params
-    }
+    axes = {v.names[0]: [naming.axis(t) for t in naming.trees[id(v)]] for v in b.params}
     blocks: list[Block] = []
     seen: Counter[tuple[object, ...]] = Counter()
     for block in b.blocks:
         if block.source is None:
-            key = (block.target.nodes, block.op, block.tag, block.window if block.structural else ())
+            key = (
+                block.target.nodes,
+                block.op,
+                block.tag,
+                block.window if block.structural else (),
+            )
             seen[key] += 1
             if seen[key] > 1 and not _same_use(block, blocks):
                 block = replace(block, tag=f"{block.tag}#{seen[key]}")
@@ -511,7 +514,9 @@ def _finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
         )
         for old in number
     )
-    return Wiring(nodes, tuple(_renumber(x, number) for x in blocks), tuple(dict.fromkeys(b.unknown)))
+    return Wiring(
+        nodes, tuple(_renumber(x, number) for x in blocks), tuple(dict.fromkeys(b.unknown))
+    )
 
 
 def _same_use(block: Block, blocks: list[Block]) -> bool:
@@ -540,7 +545,8 @@ def _note_groups(
 
 def _renumber(block: Block, number: dict[int, int]) -> Block:
     ends = [
-        None if e is None else replace(e, nodes=number[e.nodes]) for e in (block.source, block.target)
+        None if e is None else replace(e, nodes=number[e.nodes])
+        for e in (block.source, block.target)
     ]
     assert ends[1] is not None
     return replace(block, source=ends[0], target=ends[1])
