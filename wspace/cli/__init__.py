@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        WSpaceError: With ``--debug`` only; without it the message is printed.
+        OSError: Likewise.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -135,6 +139,7 @@ def _convert_options(it: Parser) -> None:
         help="graph (can be converted back) or torch_geometric's Data as a dict",
     )
     it.add_argument("--no-check", dest="check", action="store_false", help="do not read it again")
+    it.set_defaults(seed=0)
 
 
 def _demo_options(it: Parser) -> None:
@@ -152,6 +157,7 @@ def _model_options(it: Parser) -> None:
 
 def _code_options(it: Parser) -> None:
     it.add_argument("--model", metavar="REF", default="", help="code of a checkpoint's network")
+    it.add_argument("--key", default=None, help="which of several states in a torch file")
     it.add_argument(
         "--inputs",
         metavar="SIZES",

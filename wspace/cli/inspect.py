@@ -10,6 +10,8 @@ from rich.text import Text
 
 from wspace.cli import screen
 from wspace.cli.subject import Subject, open_subject
+from wspace.errors import WSpaceError, message
+from wspace.graph import encode
 from wspace.io import Checkpoint
 
 PICTURES = (".png", ".svg", ".pdf", ".html")
@@ -18,15 +20,17 @@ PICTURES = (".png", ".svg", ".pdf", ".html")
 def inspect(args: argparse.Namespace, out: Console) -> int:
     """Shows what `args.ref` names, and writes the picture and the JSON that were asked for."""
     subject = open_subject(
-        args.ref, model=args.model, inputs=args.inputs, meta=args.meta, seed=args.seed
+        args.ref, model=args.model, key=args.key, inputs=args.inputs, meta=args.meta, seed=args.seed
     )
+    if args.plot:
+        _check_plot(subject, Path(args.plot))
     if args.json != "-":
         if subject.space is None:
             _show_weights(out, subject, everything=args.all)
         else:
             _show_space(out, subject, args)
     if args.plot:
-        _plot(out, subject, Path(args.plot))
+        _plot(screen.console(stderr=True) if args.json == "-" else out, subject, Path(args.plot))
     if args.json:
         screen.write_json(out, args.json, summary(subject))
     return 0
@@ -92,10 +96,9 @@ def _show_space(out: Console, subject: Subject, args: argparse.Namespace) -> Non
         ("traced in", f"{subject.seconds:.2f} s"),
         ("non-finite", screen.nonfinite_text(subject.nonfinite)),
         ("network", subject.note),
+        *_files(subject.weights),
     ]  # fmt: skip
     screen.facts(out, subject.name, rows)
-    if isinstance(subject.weights, Checkpoint):
-        _show_files(out, subject.weights)
     out.print()
     if args.groups:
         screen.by_group(out, space, everything=args.all)
@@ -118,10 +121,10 @@ def _show_weights(out: Console, subject: Subject, *, everything: bool) -> None:
         ("weights", f"{what}, {screen.size(size)}"),
         ("non-finite", screen.nonfinite_text(nonfinite)),
         ("space", Text(f"none, without code: {_first_line(subject.note)}", "yellow")),
-        ("", "name the code: --model hf:<config.json> or --model py:<file.py>:<factory>"),
+        ("code", "--model hf:<config.json> or --model py:<file.py>:<factory> names it"),
+        *_files(weights),
     ]
     screen.facts(out, subject.name, rows)
-    _show_files(out, weights)
     out.print()
     ties = {name: group for group in weights.layout.ties for name in group}
     table = [
@@ -139,45 +142,45 @@ def _show_weights(out: Console, subject: Subject, *, everything: bool) -> None:
     screen.table(out, columns, table, everything=everything)
 
 
-def _show_files(out: Console, weights: Checkpoint) -> None:
+def _files(weights: Checkpoint | None) -> list[tuple[str, str | Text]]:
+    if weights is None:
+        return []
     layout = weights.layout
-    files = sorted(set(layout.shards.values()))
     notes = {k: v for data in layout.metadata.values() for k, v in data.items()}
     plain = [f"{k}: {v}" for k, v in notes.items() if isinstance(v, str)]
-    rows: list[tuple[str, str | Text]] = [
-        ("files", f"{layout.kind}, {screen.plural(max(len(files), 1), 'file')}"),
+    number = len(set(layout.shards.values())) or 1
+    return [
+        ("files", f"{layout.kind}, {screen.plural(number, 'file')}"),
         ("inside of", " → ".join(layout.nesting)),
         ("left out", ", ".join(layout.left_out)),
         ("metadata", ", ".join(plain[:6]) if layout.kind == "safetensors" else ""),
     ]
-    grid = [(name, finding) for name, finding in rows if finding]
-    screen.lines(out, grid)
 
 
-def _plot(out: Console, subject: Subject, path: Path) -> None:
-    from wspace.errors import WSpaceError, message
-    from wspace.report import plot_graph
-
+def _check_plot(subject: Subject, path: Path) -> None:
     if path.suffix not in PICTURES:
         raise WSpaceError(
             message(f"--plot: {path} names no format", expected=f"one of {', '.join(PICTURES)}")
         )
     if subject.space is None:
         raise WSpaceError(
-            message("--plot: there is no graph without code", help="name it with --model")
+            message(
+                "--plot: there is no graph without code",
+                got=subject.note,
+                help="name it with --model",
+            )
         )
-    with screen.working(f"drawing {path}"):
-        state = subject.state
-        meta = any(t.is_meta for t in state.values())
-        plot_graph(subject.space if meta else _encoded(subject, state), path, title=subject.name)
-    out.print(Text(f"wrote {path}"), soft_wrap=True)
 
 
-def _encoded(subject: Subject, state: dict[str, Any]) -> Any:
-    from wspace.graph import encode
+def _plot(out: Console, subject: Subject, path: Path) -> None:
+    from wspace.report import plot_graph
 
     assert subject.space is not None
-    return encode(subject.space, state)
+    with screen.working(f"drawing {path}"):
+        meta = any(t.is_meta for t in subject.state.values())
+        graph = subject.space if meta else encode(subject.space, subject.state)
+        plot_graph(graph, path, title=subject.name)
+    out.print(Text(f"wrote {path}"), soft_wrap=True)
 
 
 def _first_line(text: str) -> str:

@@ -91,7 +91,7 @@ def table(
     *,
     everything: bool = False,
 ) -> None:
-    """A table; long ones lose their middle. Columns of which the name starts with ``>`` align right.
+    """A table; long ones lose their middle. Columns named with a leading ``>`` align right.
 
     Args:
         out: Where to print.
@@ -202,7 +202,9 @@ def by_group(out: Console, space: WeightSpace, *, everything: bool = False) -> N
     """Each group with the parameters it indexes."""
     rows: list[list[str | Text]] = []
     for g in space.groups.values():
-        for i, p in enumerate(p for p in space.params if g in (x for a in p.axes for x in a.groups())):
+        for i, p in enumerate(
+            p for p in space.params if g in (x for a in p.axes for x in a.groups())
+        ):
             first = Text(g.name, "cyan") if i == 0 else ""
             rows.append([first, f"{g.size:,}" if i == 0 else "", str(p)])
     table(out, ["group", ">size", "indexes"], rows, everything=everything)

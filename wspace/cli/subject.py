@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from wspace import trace
 from wspace.cli.screen import working
@@ -80,6 +81,7 @@ def open_subject(
     text: str,
     *,
     model: str = "",
+    key: str | None = None,
     inputs: Sequence[str] = (),
     meta: bool = False,
     seed: int = 0,
@@ -89,6 +91,7 @@ def open_subject(
     Args:
         text: A model reference, or a path to a checkpoint.
         model: Reference to the code of a checkpoint.
+        key: Which of several states in a torch file.
         inputs: Example inputs to use instead of the reference's, as ``2x3x32x32`` or ``int:2x9``.
         meta: Build the network without allocating its weights.
         seed: Of torch's generator while the network is built, if it is initialised at random.
@@ -101,12 +104,10 @@ def open_subject(
     """
     if is_reference(text) and not Path(text).exists():
         if model:
-            raise WSpaceError(
-                message(f"{text} names a network already", help="leave --model out")
-            )
+            raise WSpaceError(message(f"{text} names a network already", help="leave --model out"))
         subject = _from_reference(text, meta=meta, seed=seed)
     else:
-        subject = _from_checkpoint(text, model, meta=meta)
+        subject = _from_checkpoint(text, model, key, meta=meta)
     if subject.module is None:
         return subject
     if inputs:
@@ -137,9 +138,7 @@ def example(text: str) -> Tensor:
         shape = [-1]
     if kind not in {"", "int", "float"} or min(shape) < 1:
         raise WSpaceError(
-            message(
-                f"--inputs: {text!r} is no shape", expected="sizes as in 2x3x32x32 or int:2x9"
-            )
+            message(f"--inputs: {text!r} is no shape", expected="sizes as in 2x3x32x32 or int:2x9")
         )
     generator = torch.Generator().manual_seed(0)
     if kind == "int":
@@ -151,10 +150,16 @@ def _from_reference(text: str, *, meta: bool, seed: int) -> Subject:
     with working(f"building {text}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         found = resolve(text, meta=meta)
-    return Subject(text, found.module, found.args, dict(found.kwargs), found.checkpoint)
+    args, kwargs = tree_map_only(Tensor, _with_values, (found.args, dict(found.kwargs)))
+    return Subject(text, found.module, args, kwargs, found.checkpoint)
 
 
-def _from_checkpoint(text: str, model: str, *, meta: bool) -> Subject:
+def _with_values(tensor: Tensor) -> Tensor:
+    """The tensor; if it is on the meta device, one of its kind (inputs are never large)."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+
+
+def _from_checkpoint(text: str, model: str, key: str | None, *, meta: bool) -> Subject:
     path = Path(text)
     if not path.exists():
         raise CheckpointError(
@@ -165,7 +170,7 @@ def _from_checkpoint(text: str, model: str, *, meta: bool) -> Subject:
             )
         )
     with working(f"reading {text}"):
-        weights = load_checkpoint(path)
+        weights = load_checkpoint(path, key=key)
     if not model and (path / "config.json").is_file():
         model = f"hf:{text}"
     if model:

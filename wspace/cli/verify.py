@@ -18,7 +18,9 @@ from wspace.errors import NotASymmetry, WSpaceError, message
 
 def verify(args: argparse.Namespace, out: Console) -> int:
     """Proves the space of what `args.ref` names; 0 if it holds, 1 if it does not."""
-    subject = open_subject(args.ref, model=args.model, inputs=args.inputs, seed=args.seed)
+    subject = open_subject(
+        args.ref, model=args.model, key=args.key, inputs=args.inputs, seed=args.seed
+    )
     if subject.module is None or subject.space is None:
         raise WSpaceError(
             message(
@@ -87,9 +89,7 @@ def _show(out: Console, space: WeightSpace, report: VerifyReport, *, everything:
     screen.table(out, columns, rows, everything=everything)
 
 
-def _conclude(
-    out: Console, name: str, report: VerifyReport, seconds: tuple[float, float]
-) -> None:
+def _conclude(out: Console, name: str, report: VerifyReport, seconds: tuple[float, float]) -> None:
     verdict = Text("PROVED  ", "bold green") if report.ok else Text("NOT PROVED  ", "bold red")
     verdict.append(name, "bold")
     out.print(verdict, soft_wrap=True)

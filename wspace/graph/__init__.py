@@ -8,6 +8,9 @@ at both ends of every entry. Structural blocks (residual additions, attention) c
 (PyTorch Geometric, networkx) and `store` (files).
 """
 
+from wspace.graph.interop import from_pyg as from_pyg
+from wspace.graph.interop import to_networkx as to_networkx
+from wspace.graph.interop import to_pyg as to_pyg
 from wspace.graph.parameter import ParameterGraph as ParameterGraph
 from wspace.graph.parameter import decode as decode
 from wspace.graph.parameter import encode as encode

@@ -41,7 +41,7 @@ def from_hf(name: str, *, meta: bool, weights: bool | Literal["auto"]) -> Model:
         known = [getattr(transformers, item, None) for item in config.architectures or []]
         build = next((item for item in known if item), transformers.AutoModel.from_config)
         module = cast(nn.Module, build(config)).eval()
-    model = Model(name, module, kwargs=_hf_inputs(module, config, meta))
+    model = Model(name, module, kwargs=_hf_inputs(module, config))
     if not weights or (weights == "auto" and not path.is_dir()):
         return model
     if weights_file(file.parent) is None:
@@ -105,7 +105,7 @@ def _setting(config: Any, name: str, default: Any = None) -> Any:
     return next((value for value in values if value is not None), default)
 
 
-def _hf_inputs(module: Any, config: Any, meta: bool) -> dict[str, Tensor]:
+def _hf_inputs(module: Any, config: Any) -> dict[str, Tensor]:
     """Inputs for the forward of a transformers model; those it declares, shaped by its settings."""
     takes = inspect.signature(module.forward).parameters
     main: str = module.main_input_name
@@ -115,9 +115,9 @@ def _hf_inputs(module: Any, config: Any, meta: bool) -> dict[str, Tensor]:
         dual = all(getattr(config, part, None) for part in ("text_config", "vision_config"))
         inserted = any(name.startswith("image_token") for name in vars(config))
         if "pixel_values" in takes and dual and not inserted:  # two encoders, as in CLIP
-            inputs["pixel_values"] = random(*_pixels(config), meta=meta)
+            inputs["pixel_values"] = random(*_pixels(config))
     elif shape := _shape(main, config):
-        inputs[main] = random(BATCH, *shape, meta=meta)
+        inputs[main] = random(BATCH, *shape)
         if main == "pixel_values" and "input_ids" in takes and not config.is_encoder_decoder:
             inputs["input_ids"] = _ids(config, TOKENS)
     elif main in module.dummy_inputs:
@@ -133,7 +133,7 @@ def _hf_inputs(module: Any, config: Any, meta: bool) -> dict[str, Tensor]:
         )
     if config.is_encoder_decoder and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = _ids(getattr(config, "decoder", config), TOKENS - 2)
-    return {name: item.to("meta") if meta else item for name, item in inputs.items()}
+    return inputs
 
 
 def _ids(config: Any, length: int) -> Tensor:

@@ -77,8 +77,6 @@ def library(name: str, extra: str, scheme: str) -> ModuleType:
         ) from error
 
 
-def random(*shape: int, meta: bool) -> Tensor:
+def random(*shape: int) -> Tensor:
     """Example values, the same in every call; the global generator is not touched."""
-    if meta:
-        return torch.empty(shape, device="meta")
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -6,14 +6,16 @@ import inspect
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from wspace.errors import CheckpointError, message
-from wspace.reference.model import Model, building, near
+from wspace.reference.model import Model, building, near, random
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -39,8 +41,20 @@ def from_py(name: str, meta: bool) -> Model:
                 )
             factory = getattr(factory, part)
         with building(f"py:{name}", meta):
-            made = _call(factory, name)
-            return _model(made, name)
+            model = _model(_call(factory, name), name)
+    return replace(model, args=_filled(model.args), kwargs=_filled(dict(model.kwargs)))
+
+
+def _filled(inputs: Any) -> Any:
+    """Inputs with values where a factory that ran on the meta device gave none."""
+    if isinstance(inputs, Tensor) and inputs.is_meta:
+        values = random(*inputs.shape) if inputs.is_floating_point() else torch.zeros(inputs.shape)
+        return values.to(inputs.dtype)
+    if isinstance(inputs, dict):
+        return {name: _filled(item) for name, item in cast(dict[Any, Any], inputs).items()}
+    if type(inputs) in {tuple, list}:
+        return type(inputs)(_filled(item) for item in inputs)
+    return inputs
 
 
 @contextmanager

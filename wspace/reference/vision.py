@@ -35,12 +35,12 @@ def from_torchvision(name: str, meta: bool) -> Model:
     if ".video." in task:
         short = name.lower() not in {"s3d", "mvit_v1_b", "mvit_v2_s"}
         shape = (1, 3, 8, 112, 112) if short else (1, 3, 16, SIDE, SIDE)
-        return Model(name, module, (random(*shape, meta=meta),))
+        return Model(name, module, (random(*shape),))
     if ".optical_flow." in task:
-        pair = tuple(random(1, 3, 128, 128, meta=meta) for _ in range(2))
+        pair = tuple(random(1, 3, 128, 128) for _ in range(2))
         return Model(name, module, pair)
     side = 299 if "inception" in name.lower() else SIDE
-    return Model(name, module, (random(BATCH, 3, side, side, meta=meta),))
+    return Model(name, module, (random(BATCH, 3, side, side),))
 
 
 def from_timm(name: str, meta: bool) -> Model:
@@ -53,7 +53,7 @@ def from_timm(name: str, meta: bool) -> Model:
         module = timm.create_model(name, pretrained=False)
     settings: Any = getattr(module, "default_cfg", None) or {}
     shape: tuple[int, ...] = settings.get("input_size") or (3, SIDE, SIDE)
-    return Model(name, module, (random(BATCH, *shape, meta=meta),))
+    return Model(name, module, (random(BATCH, *shape),))
 
 
 def _unknown(reference: str, name: str, known: Iterable[str]) -> CheckpointError:

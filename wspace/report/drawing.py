@@ -19,7 +19,7 @@ class NodeSet:
         depth: Column in which it stands.
         family: Sets of one family move together, and share a colour; "" for fixed ones.
         notes: Parameters that are features of its units, such as biases.
-        values: One number per unit that fills it with colour, e.g. the bias; None to leave it white.
+        values: One number per unit to colour it by, e.g. the bias; None leaves it white.
     """
 
     label: str
@@ -102,26 +102,6 @@ def pooled(weight: Matrix, rows: int, columns: int) -> Matrix:
     return weight
 
 
-def strength(weight: Matrix, source: Sequence[int], target: Sequence[int]) -> Matrix:
-    """Signed strength of every pair of units: the norm over all other axes, with the sum's sign.
-
-    Args:
-        weight: A parameter.
-        source: Its axes that run over the units of the source, slowest first.
-        target: Its axes that run over the units of the target.
-
-    Returns:
-        ``(units of source, units of target)``.
-    """
-    order = [*source, *target]
-    rest = tuple(d for d in range(weight.ndim) if d not in order)
-    moved = np.transpose(weight, [*order, *rest])
-    rows = int(np.prod([weight.shape[d] for d in source], dtype=int))
-    columns = int(np.prod([weight.shape[d] for d in target], dtype=int))
-    flat = moved.reshape(rows, columns, -1)
-    return np.sqrt((flat**2).sum(-1)) * np.where(flat.sum(-1) < 0, -1.0, 1.0)
-
-
 def short(name: str, length: int) -> str:
     """The end of a dotted name, whole parts of it if they fit.
 
@@ -143,5 +123,3 @@ def short(name: str, length: int) -> str:
 
 def _mean(values: Sequence[float], default: float) -> float:
     return sum(values) / len(values) if values else default
-
-

@@ -31,7 +31,7 @@ p { margin: .5rem 0 .9rem; max-width: 46rem; }
 .facts dt { color: var(--dim); font-size: .8rem; }
 .facts dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem;
-  padding: .9rem 1rem; overflow-x: auto; font: .82rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+  padding: .9rem 1rem; overflow-x: auto; font: .82rem/1.5 ui-monospace, Consolas, monospace; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .4rem 0; font-size: .92rem; }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line);

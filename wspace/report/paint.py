@@ -26,7 +26,7 @@ def paint(drawing: Drawing) -> "Figure":
     return _dots(drawing) if few else _boxes(drawing)
 
 
-# --- units as dots ---------------------------------------------------------------------------------
+# --- units as dots -------------------------------------------------------------------------------
 
 STEP = 0.26  # inches between units
 COLUMN = 1.9  # inches between columns
@@ -65,8 +65,8 @@ def _dots(drawing: Drawing) -> "Figure":
             places[i] = _placed(drawing.sets[i], COLUMN * column, top, own)
             top -= own + GAP
     arcs = [k for k in drawing.links if k.weight is None]
-    top = tall / 2 + 0.2 + 0.13 * len(arcs)
-    low, high = -tall / 2 - 0.95, top + 0.5
+    top = tall / 2 + 0.18 + 0.13 * len(arcs)
+    low, high = -tall / 2 - 0.95, top + 0.35
     ax, figure = _canvas((-0.75, wide + 0.75), (low, high), drawing.title)
     for link in drawing.links:
         if link.weight is not None:
@@ -115,8 +115,7 @@ def _bundle(ax: Any, weight: Matrix, a: _Place, b: _Place) -> None:
     weight = pooled(weight, len(a.y), len(b.y))
     rows, columns = weight.shape
     left, right = _ends(a.y, rows), _ends(b.y, columns)
-    scale = float(np.abs(weight).max()) or 1.0
-    flat = weight.ravel() / scale
+    flat = _contrast(weight.ravel())
     ends = np.empty((rows * columns, 2, 2))
     ends[:, 0, 0], ends[:, 1, 0] = a.x, b.x
     ends[:, 0, 1], ends[:, 1, 1] = np.repeat(left, columns), np.tile(right, rows)
@@ -131,9 +130,20 @@ def _bundle(ax: Any, weight: Matrix, a: _Place, b: _Place) -> None:
     ax.add_collection(lines)
 
 
+def _contrast(values: Matrix) -> Matrix:
+    """Values between -1 and 1, the weakest quarter near 0, so that a picture is not one grey."""
+    size = np.abs(values)
+    low, high = float(np.quantile(size, 0.25)), float(size.max())
+    if len(values) < 16 or high <= low:
+        return values / (high or 1.0)
+    return np.sign(values) * np.clip((size - 0.8 * low) / (high - 0.8 * low), 0, 1)
+
+
 def _ends(y: Matrix, count: int) -> Matrix:
     """Heights of `count` ends spread over those of a set; they differ after a flatten."""
-    return y if len(y) == count else np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(y)), y)
+    return (
+        y if len(y) == count else np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(y)), y)
+    )
 
 
 def _arc(ax: Any, a: _Place, b: _Place, peak: float) -> None:
@@ -162,10 +172,12 @@ def _units(ax: Any, drawing: Drawing, nodes: NodeSet, place: _Place) -> None:
     ax.text(place.x, place.low - 0.08, nodes.label, ha="center", va="top", size=9.5, color=colour,
             weight="bold", zorder=4)  # fmt: skip
     notes = [f"{nodes.size:,} unit{'' if nodes.size == 1 else 's'}", *map(_note, nodes.notes)]
-    if len(notes) > 3:
-        notes = [*notes[:2], f"+ {len(notes) - 2} more"]
-    ax.text(place.x, place.low - 0.27, "\n".join(notes), ha="center", va="top", size=6.5, color=DIM,
+    ax.text(place.x, place.low - 0.27, "\n".join(_few(notes)), ha="center", va="top", size=6.5, color=DIM,
             linespacing=1.25, zorder=4)  # fmt: skip
+
+
+def _few(names: list[str]) -> list[str]:
+    return names if len(names) <= 3 else [*names[:2], f"+ {len(names) - 2} more"]
 
 
 def _note(name: str) -> str:
@@ -193,9 +205,7 @@ def _link_labels(ax: Any, drawing: Drawing, places: dict[int, _Place], y: float)
             middle = (places[link.source].x + places[link.target].x) / 2
             above.setdefault(middle, []).append(short(link.label, 24))
     for x, names in above.items():
-        if len(names) > 3:
-            names = [*names[:2], f"+ {len(names) - 2} more"]
-        ax.text(x, y, "\n".join(names), ha="center", va="bottom", size=7.5, color=INK,
+        ax.text(x, y, "\n".join(_few(names)), ha="center", va="bottom", size=7.5, color=INK,
                 family="monospace", linespacing=1.2, zorder=4)  # fmt: skip
 
 
@@ -210,7 +220,7 @@ def _legend(ax: Any, corner: tuple[float, float], *, arcs: bool) -> None:
             va="center", size=7, color=DIM)  # fmt: skip
 
 
-# --- sets as boxes ---------------------------------------------------------------------------------
+# --- sets as boxes -------------------------------------------------------------------------------
 
 ROW = 1.02  # inches between depths
 CLOSE = 0.66  # inches between depths with no parameter between them
@@ -301,7 +311,12 @@ def _connect(ax: Any, link: Link, centre: Centres, links: Sequence[Link]) -> Non
 def _around(ax: Any, link: Link, centre: Centres, x: float) -> None:
     """A line past the rows between, to the right of them."""
     (x0, y0), (x1, y1) = centre[link.source], centre[link.target]
-    corners = [(x0 + WIDTH / 2, y0 - 0.06), (x, y0 - 0.06), (x, y1 + 0.06), (x1 + WIDTH / 2, y1 + 0.06)]
+    corners = [
+        (x0 + WIDTH / 2, y0 - 0.06),
+        (x, y0 - 0.06),
+        (x, y1 + 0.06),
+        (x1 + WIDTH / 2, y1 + 0.06),
+    ]
     _path(ax, corners, named=bool(link.label))
     if link.label:
         _thumbnail(ax, link, (x, (y0 + y1) / 2))

@@ -18,12 +18,12 @@ from wspace.trace.capture import (
     Program,
     Value,
     capture,
-    persistent_float_buffers,
 )
 from wspace.trace.derive import Naming, build_params
 from wspace.trace.families import Family, find_families
 from wspace.trace.gauges import derive_gauges
 from wspace.trace.rules import apply, known
+from wspace.trace.sandbox import persistent_float_buffers
 from wspace.trace.solve import Axis, Solver
 from wspace.trace.wiring import wire
 

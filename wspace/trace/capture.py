@@ -16,10 +16,9 @@ and functional code need no special case.
 """
 
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from wspace.errors import TraceError, message
+from wspace.trace.sandbox import (
+    attributes_restored,
+    dense_experts,
+    evaluation_mode,
+    persistent_float_buffers,
+    state_restored,
+    tensors_in,
+    without_onednn,
+)
 
 PARAM, ACTIVE, INPUT, CONST = "param", "active", "input", "const"
 _TORCH_DIR = str(Path(torch.__file__).parent)
@@ -86,6 +94,7 @@ class Call:
         name: Base name without namespace and overload, e.g. ``convolution``.
         args: Positional arguments.
         kwargs: Keyword arguments.
+        ins: Input values, flattened, in order.
         outs: Output values, flattened, in order.
         inplace: True if the operator writes to its first argument.
         source: ``file:line in function`` of the user's code, when it was asked for.
@@ -95,14 +104,10 @@ class Call:
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    ins: list[Value]
     outs: list[Value]
     inplace: bool = False
     source: str = ""
-
-    @property
-    def ins(self) -> list[Value]:
-        """Input values, flattened, in order."""
-        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Value)]
 
 
 @dataclass(slots=True)
@@ -187,7 +192,7 @@ def _run(
         stack.enter_context(attributes_restored(module))
         stack.enter_context(evaluation_mode(module))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_without_onednn())
+        stack.enter_context(without_onednn())
         stack.enter_context(dense_experts(module))
         recorder = _Recorder(module, known, abstract=abstract)
         if not abstract:
@@ -198,134 +203,6 @@ def _run(
         stack.enter_context(recorder)
         result = module(*args, **kwargs)
     return recorder.finish(result)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module):
-    """Context in which every submodule is in eval mode; each gets its own mode back."""
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
-@contextmanager
-def attributes_restored(module: nn.Module):
-    """Context after which every submodule has the attributes it had before.
-
-    Covers buffers, hooks and caches: attributes that were set, and dicts, lists and sets that were
-    changed in place.
-    """
-    saved = []
-    for m in module.modules():
-        held = {k: type(v)(v) for k, v in m.__dict__.items() if type(v) in _CONTAINERS}
-        saved.append((m, dict(m.__dict__), held))
-    try:
-        yield
-    finally:
-        for m, attributes, held in saved:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-            for k, before in held.items():
-                now = m.__dict__[k]
-                if len(now) != len(before) or not _same_items(now, before):
-                    now.clear()
-                    now.extend(before) if isinstance(now, list) else now.update(before)
-
-
-_CONTAINERS = (dict, OrderedDict, list, set)
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return all(k is j and v is w for (k, v), (j, w) in zip(a.items(), b.items(), strict=True))
-    return isinstance(a, set) or all(x is y for x, y in zip(a, b, strict=True))
-
-
-@contextmanager
-def _without_onednn():
-    """Context in which fused oneDNN recurrent kernels are off, so that they are decomposed."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-
-
-@contextmanager
-def dense_experts(module: nn.Module):
-    """Context in which transformers' expert layers use their tensor-only implementation.
-
-    The library offers several kernels for one function; this one has no control flow that depends
-    on data, and works in every precision.
-    """
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    saved = [
-        (c, c._experts_implementation_internal)
-        for c in configs.values()
-        if hasattr(c, "_experts_implementation_internal")
-    ]
-    try:
-        for c, _ in saved:
-            c._experts_implementation_internal = "batched_mm"
-        yield
-    finally:
-        for c, implementation in saved:
-            c._experts_implementation_internal = implementation
-
-
-class double_precision(TorchDispatchMode):  # noqa: N801  (used as a context manager)
-    """Mode in which explicit casts to a lower floating precision keep float64.
-
-    Language models cast to float32 inside norms and attention whatever their own dtype; a proof in
-    float64 needs every step in float64.
-    """
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        dtype = kwargs.get("dtype")
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def state_restored(module: nn.Module):
-    """Context after which every parameter and buffer has the value it had before."""
-    saved = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
-    versions = [t._version for t, _ in saved]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (t, old), version in zip(saved, versions, strict=True):
-                if t._version != version:
-                    t.copy_(old)
-
-
-def persistent_float_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that a checkpoint holds and that a group element may therefore move.
-
-    Non-persistent buffers (rotary frequencies, masks) are rebuilt on loading: they are constants.
-    """
-    found = []
-    for prefix, m in module.named_modules(remove_duplicate=False):
-        for name, b in m._buffers.items():
-            if b is None or name in m._non_persistent_buffers_set:
-                continue
-            if b.is_floating_point() or b.is_complex():
-                found.append((f"{prefix}.{name}" if prefix else name, b))
-    return found
 
 
 def _is_fake(tensor: Tensor) -> bool:
@@ -451,7 +328,10 @@ class _Recorder(TorchDispatchMode):
             return self._factory(func, name, args, kwargs, values)
         if not any(v.kind in (PARAM, ACTIVE) for v in values):
             kind = INPUT if any(v.kind == INPUT for v in values) else CONST
-            if kwargs.get("device") is not None and not any(t.is_meta for t in tensors):
+            if any(t.is_meta for t in tensors):  # constants of a module on the meta device
+                args = _map(self._shaped, args)
+                kwargs = {k: _map(self._shaped, v) for k, v in kwargs.items()}
+            elif kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": torch.device("cpu")}
             return self._mark(func(*args, **kwargs), kind)
         has_rule = self.known(name, func)
@@ -470,15 +350,20 @@ class _Recorder(TorchDispatchMode):
     def _record(
         self, func: OpOverload, name: str, args: Any, kwargs: Any, *, inplace: bool, has_rule: bool
     ) -> Any:
-        recorded = tree_map_only(Tensor, self._value, (args, kwargs))
+        recorded = _map(self._value, args), {k: _map(self._value, v) for k, v in kwargs.items()}
+        ins = [v for v in _leaves(*recorded) if isinstance(v, Value)]
         target = args[0] if inplace else None
         if self.abstract:
-            args, kwargs = tree_map_only(Tensor, self._shaped, (args, kwargs))
+            args = _map(self._shaped, args)
+            kwargs = {k: _map(self._shaped, v) for k, v in kwargs.items()}
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": torch.device("meta")}
-        out = func(*args, **kwargs)
-        outs = [self._output(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
-        call = Call(func, name, recorded[0], recorded[1], outs, inplace)
+        out = self._shape_of(name, args, kwargs, ins, inplace=inplace) if self.abstract else None
+        if out is None:
+            out = func(*args, **kwargs)
+        made = out if isinstance(out, list | tuple) else (out,)
+        outs = [self._output(t) for t in made if isinstance(t, Tensor)]
+        call = Call(func, name, recorded[0], recorded[1], ins, outs, inplace)
         if not has_rule:
             call.source = _source()
         self.program.calls.append(call)
@@ -513,16 +398,27 @@ class _Recorder(TorchDispatchMode):
         self, func: OpOverload, name: str, args: Any, kwargs: Any, values: list[Value]
     ) -> Any:
         """Float tensors of one repeated value are active and uniform; the rest are constants."""
-        recorded = tree_map_only(Tensor, self._value, (args, kwargs))
+        recorded = _map(self._value, args), {k: _map(self._value, v) for k, v in kwargs.items()}
         if self.abstract:
-            args = tree_map_only(Tensor, _dense, args)
+            args = _map(_dense, args)
             kwargs = {**kwargs, "device": torch.device("cpu")}
         out = func(*args, **kwargs)
         if name not in _UNIFORM or not out.is_floating_point() or out.numel() < 2:
             return self._mark(out, CONST)
-        call = Call(func, "uniform", recorded[0], recorded[1], [self._output(out)])
+        call = Call(func, "uniform", recorded[0], recorded[1], values, [self._output(out)])
         self.program.calls.append(call)
         return out
+
+    @staticmethod
+    def _shape_of(name: str, args: Any, kwargs: Any, ins: list[Value], *, inplace: bool) -> Any:
+        """Meta result of a frequent operator, without its slow meta function; None for others."""
+        if name in _ALIKE:
+            first = ins[0]
+            if all(v.shape == first.shape and v.dtype == first.dtype for v in ins[1:]):
+                return args[0] if inplace else torch.empty_like(args[0])
+            return None
+        shape = None if inplace else _SHAPES.get(name)
+        return None if shape is None else shape(*args, **kwargs)
 
     # ------------------------------------------------------------------ result
 
@@ -542,39 +438,65 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _map(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """`function` applied to the tensors among an operator's arguments (in lists, too)."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, list | tuple):
+        return type(x)(_map(function, y) for y in x)
+    return x
+
+
+def _batch_norm_shape(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    empty = torch.empty(0, dtype=x.dtype, device="meta")
+    return torch.empty_like(x), empty, empty
+
+
+def _convolution_shape(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Shape of a convolution's result; what does not fit goes to PyTorch's own check."""
+    source, rank = (w.shape[0], w.dim() - 2) if transposed else (w.shape[1] * groups, w.dim() - 2)
+    if x.shape[1] != source or not len(stride) == len(padding) == len(dilation) == rank:
+        return torch.ops.aten.convolution(
+            x, w, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
+    sizes = []
+    for i in range(rank):
+        n, reach = x.shape[2 + i], dilation[i] * (w.shape[2 + i] - 1)
+        if transposed:
+            sizes.append((n - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1)
+        else:
+            sizes.append((n + 2 * padding[i] - reach - 1) // stride[i] + 1)
+    channels = w.shape[1] * groups if transposed else w.shape[0]
+    return torch.empty(x.shape[0], channels, *sizes, dtype=x.dtype, device="meta")
+
+
+_ALIKE = frozenset(
+    "relu gelu silu sigmoid tanh add mul sub leaky_relu elu hardswish hardsigmoid hardtanh exp "
+    "rsqrt sqrt neg sin cos softplus".split()
+)
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "native_batch_norm": _batch_norm_shape,
+    "convolution": _convolution_shape,
+}
+"""Shapes of operators whose own meta functions are slow Python."""
+
+
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
     for x in (*args, *kwargs.values()):
         if isinstance(x, list | tuple):
             yield from x
         else:
             yield x
-
-
-def tensors_in(result: Any) -> list[Tensor]:
-    """Tensors that a module returns: in pytrees, mappings and dataclasses, in order.
-
-    Objects of other kinds, such as key-value caches, are carried state and not output; they count
-    only if nothing else is returned.
-    """
-    found = _visit(result, set(), deep=False)
-    return found or _visit(result, set(), deep=True)
-
-
-def _visit(x: Any, seen: set[int], *, deep: bool) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    if id(x) in seen or isinstance(x, str | bytes | int | float | type(None)):
-        return []
-    seen.add(id(x))
-    if isinstance(x, Mapping):
-        items = list(x.values())
-    elif isinstance(x, list | tuple | set):
-        items = list(x)
-    elif is_dataclass(x) or (deep and hasattr(x, "__dict__")):
-        items = list(vars(x).values())
-    else:
-        return []
-    return [t for item in items for t in _visit(item, seen, deep=deep)]
 
 
 def _source() -> str:

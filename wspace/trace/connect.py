@@ -130,14 +130,10 @@ def _weigh(
         near = _lay([_axis(walk, x, dims)], x.labels, grid)
     wanted = {d for d in lo if d in moves or any(d in varying(t, grid) for t in near)}
     shape = [sizes.get(d, 1) for d in range(grid)]
-    fixed = (
-        not b.free(out, [i for i, d in enumerate(lo) if d in wanted])
-        if len(out.shape) == len(lo)
-        else not b.free(out, [1])
-    )
-    order = [shape[d] if d in wanted else 1 for d in lo]
-    units = b.sets.new(int(np.prod(order)), "hidden", op, fixed=fixed).reshape(order)
-    target = to_grid(units, lo, grid)
+    dims = [i for i, d in enumerate(lo) if d in wanted] if len(out.shape) == len(lo) else [1]
+    rows = [*near, *(c for leaf in leaves for c in leaf.coords)]
+    target = b.named_by(rows, shape, wanted, op, fixed=not b.free(out, dims))
+    units = from_grid(target, lo, grid)
     tag = "|".join(t for t in (tag, trail) if t)
     for leaf in leaves:
         _place(b, leaf, near[0], target, (op, tag, len(leaves) > 1), grid)
@@ -173,7 +169,8 @@ def _place(
     moves = {d for c in leaf.coords for d in varying(c, grid)}
     at_source, at_target = varying(source, grid), varying(target, grid)
     if leaf.inner is not None:
-        ends = (leaf.inner, target) if moves & at_target else (source, leaf.inner)
+        inner = leaf.inside(grid)
+        ends = (inner, target) if moves & at_target else (source, inner)
         b.place(leaf, ends, op, tag)
     elif several and moves <= at_target:
         b.place(leaf, (target,), op, f"{op}.target|{tag}")
@@ -199,7 +196,7 @@ def _chain(
         "weight",
         fixed=not b.free(a.value, [a.labels.index(d) for d in summed]),
     )
-    inner = inner.reshape(*[1] * len(lo), *shape)
+    inner = inner.reshape(shape)
     out = []
     for operand in (a, c):
         for leaf in operand.state.leaves:  # type: ignore[union-attr]
@@ -233,13 +230,11 @@ def _product(
     if alone:  # a constant matrix mixes units: its other dimension names the new ones
         other = c if pools[0] else a
         wanted |= {d for d in other.labels if d in lo and d not in (a if other is c else c).labels}
-    order = [sizes[d] if d in wanted else 1 for d in lo]
-    if np.prod(order) > 1 << 20:
-        raise Lost
     dims = [i for i, d in enumerate(lo) if d in wanted]
     fixed = not b.free(out, dims) if len(out.shape) == len(lo) else True
-    units = b.sets.new(int(np.prod(order)), "hidden", "product", fixed=fixed).reshape(order)
-    target = to_grid(units, lo, grid)
+    shape = [sizes.get(d, 1) for d in range(grid)]
+    target = b.named_by([*pools[0], *pools[1]], shape, wanted, "product", fixed=fixed)
+    units = from_grid(target, lo, grid)
     for slot, (x, pool) in enumerate(zip((a, c), pools, strict=True)):
         for t in pool:
             trail = x.state.trail if isinstance(x.state, Units) else ""

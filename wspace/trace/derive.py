@@ -36,6 +36,7 @@ class Naming:
         self.rejected = [f for f in families if not self._join(f)]
         self._merge_unsplit()
         self._names: dict[int, Group] = {}
+        self._by_name: dict[str, Group] = {}
         self._fixed_index = {o for over in self.over.values() for o in over if self._is_fixed(o)}
 
     # ------------------------------------------------------------------- trees
@@ -279,12 +280,12 @@ class Naming:
                 found = Group(f"{size}#{1 + sum(g.fixed for g in self._names.values())}", size)
             else:
                 return Group(str(size), size)
-            self._names[atom] = found
+            self._names[atom] = self._by_name[found.name] = found
         return found
 
     def over_of(self, name: str) -> tuple[str, ...]:
         """Names of the groups that a named group depends on."""
-        return next(g.over for g in self._names.values() if g.name == name)
+        return self._by_name[name].over
 
     def add_kinds(self, gauges: Iterable[Gauge]) -> None:
         """Records on every group which diagonal symmetries act on it."""

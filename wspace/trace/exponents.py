@@ -11,7 +11,7 @@ from typing import Any
 from wspace.trace.capture import PARAM, Program, Value
 from wspace.trace.derive import Naming, atoms_of
 
-Expr = dict[int, Fraction]
+Expr = dict[int, int | Fraction]
 Row = list[Expr]
 """Exponents of one axis, one for every leaf of its tree."""
 
@@ -26,10 +26,12 @@ class System:
 
     def unknown(self, owner: Any) -> Expr:
         self.owners.append(owner)
-        return {len(self.owners) - 1: Fraction(1)}
+        return {len(self.owners) - 1: 1}
 
     def reduce(self, expr: Expr) -> Expr:
         """The expression in unknowns that no equation has eliminated."""
+        if not any(var in self.pivots for var in expr):
+            return expr
         todo, out = dict(expr), {}
         while todo:
             var, c = todo.popitem()
@@ -41,16 +43,17 @@ class System:
                     self._add(todo, w, c * d)
         return out
 
-    def _add(self, expr: Expr, var: int, c: Fraction) -> None:
-        total = expr.get(var, Fraction(0)) + c
+    def _add(self, expr: Expr, var: int, c: int | Fraction) -> None:
+        total = expr.get(var, 0) + c
         if self.sign:
-            total = Fraction(int(total) % 2)
+            total %= 2
         if total:
             expr[var] = total
         else:
             expr.pop(var, None)
 
     def combine(self, terms: Iterable[tuple[Expr, int]]) -> Expr:
+        """The sum of several expressions, each times a whole number."""
         out: Expr = {}
         for expr, factor in terms:
             for var, c in expr.items():
@@ -59,18 +62,19 @@ class System:
 
     def zero(self, expr: Expr) -> None:
         """Requires an expression to vanish."""
-        expr = self.reduce(expr)
+        expr = dict(self.reduce(expr))
         if not expr:
             return
         shifts = [v for v in expr if isinstance(self.owners[v], Shift)]
         pivot = max((v for v in expr if v not in shifts), default=max(expr))
         lead = expr.pop(pivot)
+        unit = self.sign or lead in (1, -1)
         self.pivots[pivot] = {
-            v: Fraction(int(c) % 2) if self.sign else -c / lead for v, c in expr.items()
+            v: -c * lead if unit else Fraction(-c) / lead for v, c in expr.items()
         }
 
     def equal(self, a: Expr, b: Expr) -> None:
-        if a is not b:
+        if a is not b and a != b:
             self.zero(self.combine([(a, 1), (b, -1)]))
 
 

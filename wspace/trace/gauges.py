@@ -36,19 +36,17 @@ def derive_gauges(naming: Naming, program: Program) -> tuple[Gauge, ...]:
             p.rows(value)
         _run(p, program)
         out += _solutions(p, "sign" if sign else "scale")
-    return tuple(g for g in out if not _implied(g, out, naming))
+    return _finest(out, naming)
 
 
-def _implied(gauge: Gauge, others: Sequence[Gauge], naming: Naming) -> bool:
-    """True if a finer symmetry contains this one: a factor per head, where each unit has its own."""
-    places = sorted((name, d, e) for name, d, _, e in gauge.slots)
-    return any(
-        gauge.kind == o.kind
-        and gauge.group in naming.over_of(o.group)
-        and places == sorted((name, d, e) for name, d, _, e in o.slots)
-        for o in others
-        if not gauge.shifts
-    )
+def _finest(gauges: Sequence[Gauge], naming: Naming) -> tuple[Gauge, ...]:
+    """The symmetries that no finer one contains: a factor per unit contains one per head."""
+
+    def places(gauge: Gauge) -> tuple[object, ...]:
+        return (gauge.kind, *sorted((name, d, e) for name, d, _, e in gauge.slots))
+
+    contained = {(places(g), index) for g in gauges for index in naming.over_of(g.group)}
+    return tuple(g for g in gauges if g.shifts or (places(g), g.group) not in contained)
 
 
 def _run(p: Equations, program: Program) -> None:
@@ -73,9 +71,9 @@ def _fit(p: Equations, value: Value, rows: list[Row]) -> list[Row]:
 
 def _solutions(p: Equations, kind: str) -> Iterator[Gauge]:
     system = p.system
-    by_free: dict[int, list[tuple[Any, Fraction]]] = {}
+    by_free: dict[int, list[tuple[Any, int | Fraction]]] = {}
     for var, owner in enumerate(system.owners):
-        for free, c in system.reduce({var: Fraction(1)}).items():
+        for free, c in system.reduce({var: 1}).items():
             by_free.setdefault(free, []).append((owner, c))
     for terms in by_free.values():
         whole = math.lcm(*(c.denominator for _, c in terms))

@@ -313,7 +313,8 @@ def _batch_norm(s: Solver, input: Value, call: Call) -> Result:
     for value in call.ins[1:]:
         s.unify(channels, value.axes[0])
     s.mix(input.axes, [d for d in range(len(input.shape)) if d != 1])
-    return (list(input.axes), *([channels] if o.shape else None for o in call.outs[1:]))
+    width = input.shape[1:2]
+    return (list(input.axes), *([channels] if o.shape == width else None for o in call.outs[1:]))
 
 
 @rule("native_layer_norm")

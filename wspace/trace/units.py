@@ -61,6 +61,11 @@ class Leaf:
     inner: Ids | None = None
     partial: bool = False
 
+    def inside(self, rank: int) -> Ids:
+        """The inner units, over a grid of `rank` dimensions and the extra ones."""
+        assert self.inner is not None
+        return self.inner.reshape((1,) * rank + self.inner.shape)
+
 
 @dataclass(slots=True)
 class Weight:
@@ -195,14 +200,24 @@ class Builder:
             raise Lost
         return self.sets.new(prod(sizes), kind, op, fixed=fixed).reshape(sizes)
 
-    def axis_units(self, key: tuple[object, ...], value: Value, dims: Sequence[int]) -> Ids:
-        """Units of dimensions of an input (or of unnamed positions); the same ones for each use."""
-        units = self.inputs.get(key)
-        if units is None:
-            units = self.new_units(
-                value.shape, set(dims), "input", "input", not self.free(value, dims)
-            )
-            self.inputs[key] = units
+    def named_by(
+        self, arrays: Sequence[Ids], shape: Sequence[int], dims: set[int], op: str, *, fixed: bool
+    ) -> Ids:
+        """New units over `dims`, one for each index that the arrays tell apart.
+
+        Batch and heads merged into one dimension repeat the same heads for every batch entry.
+        """
+        codes = {d: _codes(arrays, d) for d in sorted(dims)}
+        sizes = [
+            1 if d not in dims else n if codes[d] is None else int(codes[d].max()) + 1  # type: ignore[union-attr]
+            for d, n in enumerate(shape)
+        ]
+        if prod(sizes) > UNITS:
+            raise Lost
+        units = self.sets.new(prod(sizes), "hidden", op, fixed=fixed).reshape(sizes)
+        for d, code in codes.items():
+            if code is not None:
+                units = units.take(code, d)
         return units
 
     # ------------------------------------------------------------------ features
@@ -219,7 +234,7 @@ class Builder:
             others = [t for t in order[1:] if varying(t, rank) & (varies - varying(order[0], rank))]
             if leaf.inner is not None:
                 touches = bool(varies & varying(ends[0], rank))
-                ends = (leaf.inner, ends[0]) if touches else (leaf.inner,)
+                ends = (leaf.inside(rank), ends[0]) if touches else (leaf.inside(rank),)
             elif others:
                 ends = (others[0], ends[0])
             elif rows := self._rows(leaf, ends[0]):
@@ -287,7 +302,7 @@ class Builder:
             return Units((), trail, False, kept, tuple(pairs))
         shape = np.broadcast_shapes(*(t.shape for t in left))
         over = set().union(*(varying(t, rank) for t in left))
-        target = self.new_units(shape, over, "hidden", op, not self.free(value, sorted(over)))
+        target = self.named_by(left, shape, over, op, fixed=not self.free(value, sorted(over)))
         for t in (*lost, *left):
             self.link(t, target, op, trail)
         return Units((target,))
@@ -332,7 +347,8 @@ class Builder:
             dims = set().union(*(varying(t, rank) for tracks in rest for t in tracks))
             fixed = not self.free(value, sorted(dims))
             shape = [max(t.shape[d] for ts in rest for t in ts) for d in range(rank)]
-            target = self.new_units(shape, dims, "hidden", op, fixed)
+            everything = [t for tracks in rest for t in tracks]
+            target = self.named_by(everything, shape, dims, op, fixed=fixed)
             done = -1
         for i, tracks in enumerate(rest):
             for t in tracks if i != done else ():
@@ -376,6 +392,26 @@ class Builder:
 
 def _equal(a: tuple[Ids, ...], b: tuple[Ids, ...]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _codes(arrays: Sequence[Ids], d: int) -> Ids | None:
+    """Number of the row along a dimension, equal rows alike; None if all are taken to differ."""
+    moving = [a for a in arrays if a.shape[d] > 1]
+    if not moving:
+        return None
+    rows = [np.moveaxis(a, d, 0).reshape(a.shape[d], -1) for a in moving]
+    if not any(all((r[i] == r[0]).all() for r in rows) for i in _recurrences(rows[0])):
+        return None
+    _, first, inverse = np.unique(
+        np.concatenate(rows, 1), axis=0, return_index=True, return_inverse=True
+    )
+    order = np.empty(len(first), np.int64)
+    order[np.argsort(first)] = np.arange(len(first))
+    return order[inverse.reshape(-1)]
+
+
+def _recurrences(rows: Ids) -> list[int]:
+    return (1 + np.flatnonzero(rows[1:, 0] == rows[0, 0])).tolist()
 
 
 def _first(a: Ids, dims: set[int]) -> Ids:

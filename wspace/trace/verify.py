@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from wspace.action import Transform, act, sample, shape_of
 from wspace.errors import NotASymmetry, message
 from wspace.space import Group, Param, WeightSpace
-from wspace.trace.capture import (
+from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
     double_precision,

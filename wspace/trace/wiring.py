@@ -59,6 +59,7 @@ _CARRIED = frozenset(
     sort topk kthvalue gather histc _fft_r2c _fft_c2r _fft_c2c
     """.split()
 )
+_CHOICES = frozenset("sort topk kthvalue gather".split())
 _BATCH_NORMS = frozenset("native_batch_norm _native_batch_norm_legit batch_norm cudnn_batch_norm "
                          "_native_batch_norm_legit_no_training miopen_batch_norm "
                          "_batch_norm_with_update _batch_norm_no_update".split())  # fmt: skip
@@ -101,7 +102,7 @@ class _Walk:
     def step(self, call: Call) -> None:
         """One call."""
         states = [self.state.get(id(v)) for v in call.ins]
-        if not any(states):
+        if call.name == "uniform" or not any(states):
             self._set(call, [None] * len(call.outs))
             return
         before = len(self.b.blocks)
@@ -145,7 +146,7 @@ class _Walk:
         if isinstance(states[0], Weight) and name in _TABLES and not any(states[1:]):
             return [look_up(self.b, call, states[0])]
         if states[0] is not None and (made := views(call)) is not None:
-            return self._view(call, states[0], made)
+            return self._view(call, self._chosen(call, states[0]), made)
         if name in CONTRACTIONS:
             return CONTRACTIONS[name](self, call)
         if name in ("cat", "stack", "concat"):
@@ -161,6 +162,20 @@ class _Walk:
         if name in _CARRIED:
             return self._carry(call)
         return [self.pointwise(call, name, call.ins, value) for value in call.outs[:1]]
+
+    def _chosen(self, call: Call, state: State) -> State:
+        """Units looked up by what depends on data are taken together, as a reduction."""
+        if call.name not in ("index", "_unsafe_index", "index_select"):
+            return state
+        bound = arguments(call)
+        rank = len(call.ins[0].shape)
+        indices = bound.get("indices") or {bound.get("dim"): bound.get("index")}
+        pairs = indices.items() if isinstance(indices, dict) else enumerate(indices)
+        dims = {d % rank for d, i in pairs if i is not None and i.data is None}
+        tracks = state.tracks + state.kept if isinstance(state, Units) else ()
+        if isinstance(state, Units) and any(varying(t, rank) & dims for t in tracks):
+            return self.b.reduce(state, call.ins[0], rank, dims, call.name)
+        return state
 
     def _view(self, call: Call, state: State, made: list[Any]) -> list[State]:
         single = self.uses[id(call.ins[0])] == 1
@@ -255,8 +270,8 @@ class _Walk:
             made = self.b.materialise(state, value, dims, call.name)
             self.state[id(value)] = made
             return made
-        key = (id(value), tuple(sorted(dims)))
-        return Units((self.b.axis_units(key, value, sorted(dims)),))
+        fixed = not self.b.free(value, sorted(dims))
+        return Units((self.b.new_units(value.shape, dims, "input", "input", fixed),))
 
     def _carry(self, call: Call) -> list[State]:
         """Operators that keep units: pooling, softmax, sorting along what is no unit."""
@@ -268,10 +283,12 @@ class _Walk:
         arrays = state.tracks + state.kept if isinstance(state, Units) else ()
         if isinstance(state, Weight):
             arrays = tuple(c for leaf in state.leaves for c in leaf.coords)
-        moves = call.name in ("sort", "topk", "kthvalue", "gather")
-        moved = {dims_of(arguments(call).get("dim", -1), rank)[0]} if moves and rank else set()
+        if call.name in _CHOICES and rank and isinstance(state, Units):
+            moved = {dims_of(arguments(call).get("dim", -1), rank)[0]}
+            chosen = self.b.reduce(state, x, rank, moved, _label(call))
+            return [chosen for _ in call.outs]
         for a in arrays:
-            if any(x.shape[d] != out.shape[d] or d in moved for d in varying(a, rank)):
+            if any(x.shape[d] != out.shape[d] for d in varying(a, rank)):
                 raise Lost
         if isinstance(state, Weight):
             return [_blend([state], _label(call)), *[None] * (len(call.outs) - 1)]
