@@ -31,6 +31,7 @@ class Allocated(TorchDispatchMode):
         self.kept = [t.untyped_storage() for t in known]  # keeps addresses from being reused
         self.seen = {s.data_ptr() for s in self.kept}
         self.bytes = 0
+        self.result: object = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -75,13 +76,11 @@ def allocations(run: Callable[[], object], known: list[Tensor]) -> tuple[int, in
     del kept
     counter = Allocated(known)
     with counter:
-        kept = run()
+        counter.result = run()
     return counter.bytes, grown
 
 
-def acting(
-    space: wspace.WeightSpace, state: dict[str, Tensor], rounds: int
-) -> dict[str, object]:
+def acting(space: wspace.WeightSpace, state: dict[str, Tensor], rounds: int) -> dict[str, object]:
     t = wspace.sample(space, generator=torch.Generator().manual_seed(0))
     runs = {"clone": lambda: clone(state), "act": lambda: wspace.act(t, state, space)}
     runs["sample"] = lambda: wspace.sample(space)

@@ -1,7 +1,9 @@
 """What the benchmarks share: interleaved timing, peak memory, tables, JSON, and the peers.
 
 Machines are noisy, so figures are compared only within one run: candidates take turns (A B A B …)
-on one thread, and a ratio is the median of the ratios round by round.
+on one thread, and a ratio is the median of the ratios round by round. Seconds are processor time of
+this process (user and system), which other work on the machine disturbs least; on an idle machine
+it equals the time on the wall. With several threads (``--threads``) the wall clock is used.
 """
 
 import argparse
@@ -48,10 +50,15 @@ class Timing:
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
 
+def clock() -> float:
+    """Seconds: of the processor with one thread, of the wall with several."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:

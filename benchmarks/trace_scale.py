@@ -6,10 +6,9 @@ peak of that process, and what it exceeds the peak after imports by.
 """
 
 import sys
-import time
 
 import torch
-from harness import finish, ms, peak_mib, start, table
+from harness import clock, finish, ms, peak_mib, start, table
 
 import wspace
 
@@ -35,12 +34,12 @@ def main() -> None:
         wspace.trace(LlamaForCausalLM(tiny).eval(), ids)  # imports and first-call set-up
     imports = peak_mib()
     for layers in (10, 20, 40, 80):
-        began = time.perf_counter()
+        began = clock()
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers)).eval()
-        built = time.perf_counter()
+        built = clock()
         space = wspace.trace(model, ids)
-        traced = time.perf_counter() - built
+        traced = clock() - built
         count = sum(p.numel() for p in model.parameters())
         peak = peak_mib()
         figures[layers] = {
@@ -59,7 +58,9 @@ def main() -> None:
     head = "layers, 10⁹ parameters, build ms, trace ms, s per layer, peak MiB, above imports MiB"
     table([*head.split(", "), "groups", "coverage"], rows)
     peak = figures[80]["peak_mib"]
-    print(f"\npeak of the whole process {peak:.0f} MiB, limit {LIMIT_MIB} MiB (imports {imports:.0f})")
+    print(
+        f"\npeak of the whole process {peak:.0f} MiB, limit {LIMIT_MIB} MiB (imports {imports:.0f})"
+    )
     finish(options, {"imports_mib": imports, "layers": figures})
     sys.exit(peak >= LIMIT_MIB)
 

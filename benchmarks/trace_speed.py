@@ -49,9 +49,7 @@ def forward(module: nn.Module, x: torch.Tensor) -> None:
         module(x)
 
 
-def compare(
-    name: str, make: Callable[[], nn.Module], size: int, rounds: int
-) -> dict[str, object]:
+def compare(name: str, make: Callable[[], nn.Module], size: int, rounds: int) -> dict[str, object]:
     timings = interleaved(runs(make, size), rounds)
     ours = timings["wspace.trace"]
     print(f"\n## {name}, input 1x3x{size}x{size}, {rounds} rounds in turn\n")
@@ -158,7 +156,9 @@ def _gpt2(layers: int) -> nn.Module:
 
 def _mlp(width: int) -> nn.Module:
     sizes = [8, *[width] * 8, 8]
-    layers = [f for a, b in zip(sizes, sizes[1:], strict=False) for f in (nn.Linear(a, b), nn.ReLU())]
+    layers = [
+        f for a, b in zip(sizes, sizes[1:], strict=False) for f in (nn.Linear(a, b), nn.ReLU())
+    ]
     return nn.Sequential(*layers[:-1]).eval()
 
 

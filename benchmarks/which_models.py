@@ -2,7 +2,7 @@
 
 Every tool gets the same module, in float64 and evaluation mode, with constant tensors (fresh
 BatchNorm statistics, zero biases) replaced by random ones, since a wrong coupling of constants
-shows nothing. A relative change of the output above 1e-5 is wrong.
+shows nothing. A relative change of the output above 1e-6 is wrong.
 
 - wspace: `trace`, then `verify` (random group elements, all at once and one by one, and controls).
 - rebasin: the permutations it declared are given random values and applied to the model by its own
@@ -36,8 +36,8 @@ shufflenet_v2 grouped_se depth_multiplier group_norm instance_norm pixel_shuffle
 encoder_pre_norm attention_unbind attention_gqa swiglu mlp_mixer convnext swin vit bert gpt2 llama
 mamba mixtral t5
 """.split()
-WRONG = 1e-5
-SECONDS = 20
+WRONG = 1e-6
+SECONDS = 5
 NORMS_OVER_UNITS = ("LayerNorm", "RMSNorm", "GroupNorm", "LlamaRMSNorm", "T5LayerNorm")
 
 
@@ -91,16 +91,18 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
+    """Stops a block after so many seconds of processor time, however busy the machine is."""
+
     def stop(*_: object) -> None:
         raise TimeoutError(f"more than {seconds} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 def attempt(judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def attempt(judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             return judge()
     except TimeoutError as error:
-        return {"verdict": f"gives up: {error}", "right": False}
+        return {"verdict": f"stopped: {error}", "right": False}
     except Exception as error:
         return {"verdict": f"crashes: {type(error).__name__}", "right": False, "error": str(error)}
 
@@ -205,11 +207,14 @@ def judge_pruning(
             judged, wrong, worst = judged + 1, wrong + (gap > WRONG), max(worst, gap)
     out = {"seconds": seconds, "groups": ran, "judged": judged, "wrong": wrong, "change": worst}
     if not ran:
-        return out | {"verdict": "finds none", "right": False}
+        return out | {"verdict": "prunes nothing", "right": False}
     if wrong:
         return out | {"verdict": f"WRONG in {wrong} of {judged}, {worst:.0e}", "right": False}
-    rest = f", {ran - judged} not judged" if ran > judged else ""
-    return out | {"verdict": f"right in {judged} of {judged}{rest}", "right": judged > 0}
+    rest = f"{ran - judged} of {ran} runs, not judged"
+    if not judged:
+        return out | {"verdict": rest, "right": None}
+    more = f"; {rest}" if ran > judged else ""
+    return out | {"verdict": f"right in {judged} of {judged}{more}", "right": True}
 
 
 def _is_norm_over_units(module: object, owners: dict[int, str]) -> bool:
@@ -229,13 +234,15 @@ def _prune(model: nn.Module, inputs: tuple[Tensor, ...], group: Any, pruner: Any
         for t in tensors(model).values():
             t.copy_(torch.arange(t.numel()).reshape(t.shape))
     group.prune()
+    left = tensors(model)
+    kept = {name: t.long().flatten() for name, t in left.items()}
+    zeroed = tensors(dead)
     with torch.no_grad():
-        for name, t in tensors(model).items():
-            kept = t.long().flatten()
+        for name, t in left.items():
             gone = torch.ones(values[name].numel(), dtype=torch.bool)
-            gone[kept] = False
-            tensors(dead)[name].view(-1)[gone] = 0
-            t.copy_(values[name].flatten()[kept].reshape(t.shape))
+            gone[kept[name]] = False
+            zeroed[name].view(-1)[gone] = 0
+            t.copy_(values[name].flatten()[kept[name]].reshape(t.shape))
     update_heads(model, pruner)
     return change(run(dead, inputs), run(model, inputs))
 
@@ -275,6 +282,8 @@ def heads_of(model: nn.Module) -> dict[nn.Module, int]:
         count = _attribute(m, _HEADS)
         if count is None:
             continue
+        if isinstance(m, nn.MultiheadAttention):
+            out[m] = count
         for name in _QUERY:
             if isinstance(layer := getattr(m, name, None), nn.Module):
                 out[layer] = count
@@ -294,27 +303,29 @@ def _attribute(m: nn.Module, names: tuple[str, ...]) -> int | None:
 
 def update_heads(model: nn.Module, pruner: Any) -> None:
     """What the documentation asks of users after heads were pruned: correct the stored counts."""
+
+    def first(m: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+        layers = (getattr(m, n, None) for n in names)
+        return next((x for x in layers if isinstance(x, nn.Module) and x in pruner.num_heads), None)
+
     for m in model.modules():
-        layers = [getattr(m, n, None) for n in _QUERY]
-        layer = next((x for x in layers if isinstance(x, nn.Module) and x in pruner.num_heads), None)
-        if layer is None:
+        query, key = first(m, _QUERY), first(m, _KEY_VALUE)
+        if query is None:
             continue
-        heads = int(pruner.num_heads[layer])
-        for name in _HEADS:
-            if isinstance(getattr(m, name, None), int):
-                setattr(m, name, heads)
-        width = getattr(layer, "out_features", None)
-        for name in ("all_head_size", "embed_dim", "inner_dim"):
-            if width is not None and isinstance(getattr(m, name, None), int):
-                setattr(m, name, width)
-        keys = [getattr(m, n, None) for n in _KEY_VALUE]
-        key = next((x for x in keys if isinstance(x, nn.Module) and x in pruner.num_heads), None)
+        heads = int(pruner.num_heads[query])
+        correct(m, _HEADS, heads)
+        if isinstance(query, nn.Linear):
+            correct(m, ("all_head_size", "embed_dim", "inner_dim"), query.out_features)
         if key is not None:
-            for name in _KV_HEADS:
-                if isinstance(getattr(m, name, None), int):
-                    setattr(m, name, int(pruner.num_heads[key]))
-            if isinstance(getattr(m, "num_key_value_groups", None), int):
-                m.num_key_value_groups = heads // int(pruner.num_heads[key])
+            correct(m, _KV_HEADS, int(pruner.num_heads[key]))
+            correct(m, ("num_key_value_groups",), heads // int(pruner.num_heads[key]))
+
+
+def correct(m: nn.Module, names: tuple[str, ...], value: int) -> None:
+    """Sets those of the attributes that the module has."""
+    for name in names:
+        if isinstance(getattr(m, name, None), int):
+            setattr(m, name, value)
 
 
 # --------------------------------------------------------------------------- main
@@ -346,8 +357,11 @@ def main() -> None:
     print()
     table(head, rows)
     print()
-    counts = [sum(f[t]["right"] for f in figures.values()) for t in TOOLS]
-    table(["", *TOOLS], [["right", *(f"{c} of {len(figures)}" for c in counts)]])
+    rows = [
+        [word, *(sum(f[t]["right"] is value for f in figures.values()) for t in TOOLS)]
+        for word, value in (("right", True), ("runs, not judged", None), ("neither", False))
+    ]
+    table([f"of {len(figures)}", *TOOLS], rows)
     finish(options, {"models": figures})
 
 

@@ -385,13 +385,20 @@ def test_weights_file_follows_transformers(tmp_path: Path) -> None:
         assert found.name == name
 
 
-@pytest.mark.parametrize("name", ["../out.safetensors", "ABSOLUTE", "link.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../out.safetensors", "ABSOLUTE", "link.safetensors", "ABSOLUTE_INSIDE"]
+)
 def test_index_that_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     save_file({"w": torch.ones(2)}, tmp_path / "out.safetensors")
     (folder / "link.safetensors").symlink_to(tmp_path / "out.safetensors")
-    name = str(tmp_path / "out.safetensors") if name == "ABSOLUTE" else name
+    save_file({"w": torch.ones(2)}, folder / "own.safetensors")
+    places = {
+        "ABSOLUTE": tmp_path / "out.safetensors",
+        "ABSOLUTE_INSIDE": folder / "own.safetensors",
+    }
+    name = str(places.get(name, name))
     with pytest.raises(CheckpointError, match="points outside of itself"):
         load_checkpoint(write_index(folder, {"w": name}))
 
@@ -436,7 +443,13 @@ def test_indices_that_disagree_with_their_shards(shards: Path) -> None:
 
 def test_states_are_found_by_structure(tmp_path: Path) -> None:
     file = tmp_path / "x.pt"
-    for content in (mlp(), {"net": mlp(), "n": 1}, {"a": {"b": mlp()}, "best": torch.tensor(1.0)}):
+    moments = {"state": {"w": {"exp_avg": torch.ones(3)}}, "param_groups": []}
+    for content in (
+        mlp(),
+        {"net": mlp(), "n": 1},
+        {"a": {"b": mlp()}, "best": torch.tensor(1.0)},
+        {"net": mlp(), "optimizer": moments},
+    ):
         torch.save(content, file)
         assert set(load_checkpoint(file)) == set(mlp())
     torch.save({"model": mlp(), "ema": {"shadow": mlp()}}, file)
@@ -496,6 +509,12 @@ def test_fit_completes_ties_and_leaves_the_layout(tmp_path: Path) -> None:
     assert_same(load_checkpoint(tmp_path / "y.safetensors"), state)  # no alias where none was
     with torch.device("meta"):
         assert_same(fit_checkpoint(state, Tied()), fitted)
+    # The same when the file holds the name that the module has last.
+    state["head.weight"] = state.pop("embed.weight")
+    save_checkpoint(state, tmp_path / "x.safetensors")
+    fitted = load_checkpoint(tmp_path / "x.safetensors", module=module)
+    save_checkpoint(fitted, tmp_path / "y.safetensors", like=fitted)
+    assert_same(load_checkpoint(tmp_path / "y.safetensors"), state)
 
 
 def test_fitted_names_are_stored_as_they_were(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The axis algebra on integers: its laws, and random programs against what they really compute."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,61 +11,58 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import structure
 from torch import Tensor
 
 import wspace
-from wspace.space import Param, WeightSpace
+from wspace.space import Axis as SpaceAxis
+from wspace.space import Concat, Param, WeightSpace
 from wspace.trace.derive import Naming
 from wspace.trace.solve import Axis, Solver
 
 # -------------------------------------------------------------------------------- helpers
 
 
-def shape_of(s: Solver, axis: Axis) -> object:
-    """What is known of an axis, up to the names of its atoms: sizes, freedom, parts."""
-    out = []
-    for a in s.resolve(axis):
-        parts = s.parts(a)
-        if parts is None:
-            out.append((s.size((a,)), s.fixed(a)))
-        else:
-            out.append([shape_of(s, part) for part in parts])
-    return out
+def derived_axes(s: Solver, axes: list[Axis]) -> list[SpaceAxis]:
+    """Axes as a space would have them: named groups, cases expanded. The solver is left alone."""
+    values = [SimpleNamespace(axes=[axis], shape=(s.size(axis),)) for axis in axes]
+    naming = Naming(copy.deepcopy(s), values)
+    return [naming.axis(naming.trees[id(v)][0]) for v in values]
 
 
 def picture(s: Solver, axes: list[Axis]) -> object:
-    """The same for several axes, with which atoms they share."""
-    seen: dict[int, int] = {}
+    """What is known of axes, up to names: sizes, freedom, parts, and which groups they share."""
+    named = derived_axes(s, axes)
+    names = {}
+    for axis in named:
+        for g in axis.groups():
+            if not g.fixed:
+                names.setdefault(g.name, f"g{len(names)}[{g.size}]")
 
-    def name(axis: Axis) -> object:
-        out = []
-        for a in s.resolve(axis):
-            parts = s.parts(a)
-            if parts is None or not s.free((a,)):
-                fixed = not s.free((a,))
-                label = "!" if fixed else seen.setdefault(a, len(seen))
-                out.append((s.size((a,)), label))
-            else:
-                out.append([name(part) for part in parts])
-        return out
+    def rename(tree: object) -> object:
+        if isinstance(tree, str):
+            return names[tree]
+        return type(tree)(map(rename, tree)) if isinstance(tree, tuple | list) else tree
 
-    return [_merge(name(axis)) for axis in axes]
+    return [rename(_join_fixed(structure(axis))) for axis in named]
 
 
-def _merge(factors: list) -> list:
-    """Neighbouring fixed factors as one: how a fixed axis is cut does not matter."""
-    out: list = []
+def _join_fixed(factors: tuple) -> tuple:
+    """Neighbouring parts that cannot move as one; one position is such a part."""
+    out: list[object] = []
     for f in factors:
-        if (
-            out
-            and isinstance(f, tuple)
-            and isinstance(out[-1], tuple)
-            and f[1] == out[-1][1] == "!"
-        ):
-            out[-1] = (out[-1][0] * f[0], "!")
-        else:
-            out.append([_merge(p) for p in f] if isinstance(f, list) else f)
-    return out
+        if not isinstance(f, list):
+            out.append(f)
+            continue
+        parts: list[tuple] = []
+        for part in map(_join_fixed, f):
+            now = part or (1,)
+            if parts and all(isinstance(x[0], int) and len(x) == 1 for x in (now, parts[-1])):
+                parts[-1] = (parts[-1][0] + now[0],)
+            else:
+                parts.append(now)
+        out.append(parts[0] if len(parts) == 1 else parts)
+    return tuple(out)
 
 
 def factorizations(n: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -155,7 +153,7 @@ def test_unified_axes_are_equal(case: tuple[Solver, list[Axis], int]) -> None:
     s, (a, b), _ = case
     s.unify(a, b)
     assert picture(s, [a]) == picture(s, [b])
-    assert not s.free(a) or s.resolve(a) == s.resolve(b)
+    assert picture(s, [a, b]) == picture(s, [a, a])
 
 
 @given(split_axes(3))
@@ -172,17 +170,19 @@ def test_sizes_are_conserved(case: tuple[Solver, list[Axis], int]) -> None:
 
 
 def frozen(s: Solver, axis: Axis) -> list[bool]:
-    """For every position, whether all atoms that place it are fixed."""
-    out = [True]
-    for a in s.resolve(axis):
-        parts = s.parts(a)
-        here = (
-            [f for part in parts for f in frozen(s, part)]
-            if parts is not None
-            else [s.fixed(a)] * s.size((a,))
-        )
-        out = [x and y for x in out for y in here]
-    return out
+    """For every position of an axis, whether nothing can move it."""
+
+    def positions(axis: SpaceAxis) -> list[bool]:
+        out = [True]
+        for f in axis.factors:
+            if isinstance(f, Concat):
+                here = [x for part in f.parts for x in positions(part)]
+            else:
+                here = [f.fixed] * f.size
+            out = [x and y for x in out for y in here]
+        return out
+
+    return positions(derived_axes(s, [axis])[0])
 
 
 @given(split_axes(3), st.data())
@@ -226,8 +226,16 @@ def test_reshape_and_back(shape: list[int], data: st.DataObject) -> None:
     there = s.reshape(axes, data.draw(factorizations(prod(shape))))
     back = s.reshape(there, shape)
     assert [s.size(a) for a in back] == shape
-    for a, b in zip(axes, back, strict=True):
-        assert not s.free(a) or s.resolve(a) == s.resolve(b)
+    assert picture(s, [*axes, *back]) == picture(s, [*axes, *axes])
+
+
+def test_a_view_that_cannot_be_described_freezes_all_of_it() -> None:
+    """BUG solve.reshape: when it gives up, what it had already placed stays free in the input."""
+    s = Solver()
+    a, b = s.fresh([6, 2])
+    s.reshape([a, b], [2, 2, 3])
+    assert not s.free(a)
+    assert not s.free(b)
 
 
 def test_merging_and_splitting_keeps_axes_free() -> None:
@@ -402,6 +410,7 @@ class Machine:
 
 
 SHAPES = [(6,), (4,), (2, 3), (3, 2), (4, 3), (6, 2), (2, 2, 3), (2, 3, 4), (3, 4), (5, 2), (12,)]
+STEPS = "reshape permute narrow concat sum multiply contract keep".split()
 
 
 @st.composite
@@ -411,39 +420,38 @@ def programs(draw: st.DrawFn, length: int = 7) -> Machine:
         m.leaf(draw(st.sampled_from(SHAPES)))
     for _ in range(draw(st.integers(1, length))):
         i = draw(st.integers(0, len(m.axes) - 1))
-        shape = m.shapes[i]
-        dim = draw(st.integers(0, len(shape) - 1)) if shape else 0
-        same = [j for j, other in enumerate(m.shapes) if other == shape]
-        like = [
-            j
-            for j, n in enumerate(m.shapes)
-            if n[:dim] + n[dim + 1 :] == shape[:dim] + shape[dim + 1 :] and len(n) == len(shape)
-        ]
-        what = draw(
-            st.sampled_from("reshape permute narrow concat sum multiply contract keep".split())
-        )
-        if not shape:
-            continue
-        if what == "reshape" and prod(shape) > 1:
-            m.reshape(i, draw(factorizations(prod(shape))))
-        elif what == "permute":
-            m.permute(i, tuple(draw(st.permutations(range(len(shape))))))
-        elif what == "narrow" and shape[dim] > 1:
-            start = draw(st.integers(0, shape[dim] - 1))
-            m.narrow(i, dim, start, draw(st.integers(start + 1, shape[dim])))
-        elif what == "concat" and shape[dim] < 8:
-            m.concat(i, draw(st.sampled_from(like)), dim)
-        elif what == "sum":
-            m.sum(i, dim)
-        elif what == "multiply":
-            m.multiply(i, draw(st.sampled_from(same)))
-        elif what == "contract":
-            m.contract(i, draw(st.sampled_from(same)))
-        elif what == "keep":
-            m.keep(i, dim)
+        if m.shapes[i]:
+            dim = draw(st.integers(0, len(m.shapes[i]) - 1))
+            _step(draw, m, draw(st.sampled_from(STEPS)), i, dim)
     last = len(m.axes) - 1
     m.contract(last, last)
     return m
+
+
+def _step(draw: st.DrawFn, m: Machine, what: str, i: int, dim: int) -> None:
+    """One step of a random program, on tensor `i`; none where it does not apply."""
+    shape = m.shapes[i]
+
+    def beside(other: tuple[int, ...]) -> bool:
+        without = shape[:dim] + shape[dim + 1 :]
+        return len(other) == len(shape) and other[:dim] + other[dim + 1 :] == without
+
+    def partner(fits: Callable[[tuple[int, ...]], bool]) -> int:
+        return draw(st.sampled_from([j for j, other in enumerate(m.shapes) if fits(other)]))
+
+    if what == "reshape" and prod(shape) > 1:
+        m.reshape(i, draw(factorizations(prod(shape))))
+    elif what == "permute":
+        m.permute(i, tuple(draw(st.permutations(range(len(shape))))))
+    elif what == "narrow" and shape[dim] > 1:
+        start = draw(st.integers(0, shape[dim] - 1))
+        m.narrow(i, dim, start, draw(st.integers(start + 1, shape[dim])))
+    elif what == "concat" and shape[dim] < 8:
+        m.concat(i, partner(beside), dim)
+    elif what in ("multiply", "contract"):
+        getattr(m, what)(i, partner(shape.__eq__))
+    elif what in ("sum", "keep"):
+        getattr(m, what)(i, dim)
 
 
 def assert_sound(m: Machine, elements: int = 6) -> None:
@@ -462,7 +470,7 @@ def assert_sound(m: Machine, elements: int = 6) -> None:
 
 
 @given(programs())
-@settings(max_examples=150)
+@settings(max_examples=400)
 def test_every_derived_element_is_allowed(m: Machine) -> None:
     assert_sound(m)
 

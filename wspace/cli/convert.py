@@ -8,9 +8,10 @@ file is written beside its place, read again and compared, and only then moved t
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -110,7 +111,7 @@ def _write_checkpoint(out: Console, source: Path, target: Path, *, check: bool) 
 
 
 def _write_pyg(out: Console, graph: ParameterGraph, target: Path, *, check: bool) -> None:
-    from wspace.graph import to_pyg
+    from wspace.graph.interop import to_pyg
 
     if target.suffix != ".pt":
         raise WSpaceError(
@@ -118,7 +119,7 @@ def _write_pyg(out: Console, graph: ParameterGraph, target: Path, *, check: bool
                 f"convert: {target} does not end in .pt", expected="a .pt file for --format pyg"
             )
         )
-    data = {k: v for k, v in to_pyg(graph).to_dict().items()}
+    data: dict[str, Any] = to_pyg(graph).to_dict()
     with _staged(target) as staging, screen.working(f"writing {target}"):
         torch.save(data, staging)
         if check:
@@ -133,7 +134,7 @@ def _tensors(data: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def _staged(target: Path) -> Generator[Path]:
     """A file beside the target that takes its place if all goes well, and is gone if not."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -68,7 +68,7 @@ def _header(path: Path) -> dict[str, Any] | None:
     return header if isinstance(header, dict) else None
 
 
-# --- layouts as text -------------------------------------------------------------------------------
+# --- layouts as text -----------------------------------------------------------------------------
 
 
 def packed(layout: Layout) -> tuple[str, list[str]]:
@@ -117,26 +117,26 @@ def unpacked(note: str, folder: Path) -> Layout:
         CheckpointError: If the text is no such layout.
     """
     try:
-        content = json.loads(note)
-        data = content["layout"]
-        for name, text in content["files"].items():
-            if Path(name).name != name:
-                raise ValueError(f"{name!r} is not a plain file name")
-            (folder / name).write_bytes(zlib.decompress(base64.b85decode(text)))
-        if Path(data["file"]).name != data["file"]:
-            raise ValueError(f"{data['file']!r} is not a plain file name")
-        layout = Layout(data["kind"], folder / data["file"])
-        rest = {k: v for k, v in data.items() if k not in {"kind", "file"}}
-        rest["ties"] = tuple(map(tuple, rest["ties"]))
-        rest["implied"] = frozenset(rest["implied"])
-        rest["dtypes"] = {k: getattr(torch, v) for k, v in rest["dtypes"].items()}
-        for name in ("nesting", "siblings", "left_out"):
-            rest[name] = tuple(rest[name])
-        return replace(layout, **rest)
+        return _layout(json.loads(note), folder)
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise CheckpointError(
             message("convert: the graph file's layout is damaged", got=str(error))
         ) from error
+
+
+def _layout(content: dict[str, Any], folder: Path) -> Layout:
+    data = content["layout"]
+    if strange := [n for n in (*content["files"], data["file"]) if Path(n).name != n]:
+        raise ValueError(f"{strange} are not plain names of files")
+    for name, text in content["files"].items():
+        (folder / name).write_bytes(zlib.decompress(base64.b85decode(text)))
+    rest = {k: v for k, v in data.items() if k not in {"kind", "file"}}
+    rest["ties"] = tuple(map(tuple, rest["ties"]))
+    rest["implied"] = frozenset(rest["implied"])
+    rest["dtypes"] = {k: getattr(torch, v) for k, v in rest["dtypes"].items()}
+    for name in ("nesting", "siblings", "left_out"):
+        rest[name] = tuple(rest[name])
+    return replace(Layout(data["kind"], folder / data["file"]), **rest)
 
 
 def _is_plain(value: object) -> bool:

@@ -6,7 +6,7 @@ Names and messages are put on screen as plain text, never as rich's markup: they
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
+def working(what: str) -> Generator[None]:
     """A spinner on stderr for as long as the block runs, if someone is there to see it."""
     errors = console(stderr=True)
     if errors.is_terminal:

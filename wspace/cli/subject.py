@@ -57,7 +57,7 @@ class Subject:
             return dict(self.weights)
         if self.module is None:
             return {}
-        found = dict(self.module.named_parameters(remove_duplicate=False))
+        found: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         found.update(self.module.named_buffers(remove_duplicate=False))
         return {name: t.detach() for name, t in found.items()}
 

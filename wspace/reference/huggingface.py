@@ -38,9 +38,13 @@ def from_hf(name: str, *, meta: bool, weights: bool | Literal["auto"]) -> Model:
         )
     _without_cache(config)
     with building(f"hf:{name}", meta):
-        known = [getattr(transformers, item, None) for item in config.architectures or []]
-        build = next((item for item in known if item), transformers.AutoModel.from_config)
-        module = cast(nn.Module, build(config)).eval()
+        kinds = [getattr(transformers, item, None) for item in config.architectures or []]
+        known: list[Any] = [item for item in kinds if _is_model(item, transformers.PreTrainedModel)]
+        if known:
+            module = cast(nn.Module, known[0](config))
+        else:
+            module = transformers.AutoModel.from_config(config, trust_remote_code=False)
+        module.eval()
     model = Model(name, module, kwargs=_hf_inputs(module, config))
     if not weights or (weights == "auto" and not path.is_dir()):
         return model
@@ -61,6 +65,10 @@ def from_hf(name: str, *, meta: bool, weights: bool | Literal["auto"]) -> Model:
     if not meta:
         load_into(module, checkpoint)
     return replace(model, checkpoint=checkpoint)
+
+
+def _is_model(item: object, model: type) -> bool:
+    return isinstance(item, type) and issubclass(item, model)
 
 
 def _rearranged(raw: Checkpoint, kind: Any) -> Checkpoint | None:

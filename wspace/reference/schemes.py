@@ -73,4 +73,4 @@ def resolve(
             )
         )
     model = builders[scheme](name, meta)
-    return replace(model, name=reference, module=model.module)
+    return replace(model, name=reference, module=model.module.eval())

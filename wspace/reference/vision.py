@@ -47,7 +47,7 @@ def from_timm(name: str, meta: bool) -> Model:
     """Untrained model of timm."""
     timm = library("timm", "timm", "timm")
     known: list[str] = timm.list_models()
-    if ":" in name or "/" in name or not timm.is_model(name.partition(".")[0]):
+    if not timm.is_model(name.partition(".")[0]):
         raise _unknown(f"timm:{name}", name.partition(".")[0], known)  # a hub name would download
     with building(f"timm:{name}", meta):
         module = timm.create_model(name, pretrained=False)

@@ -47,10 +47,6 @@ def plot_graph(
         SpaceMismatch: If the space has no wiring.
     """
     space = graph if isinstance(graph, WeightSpace) else graph.space
-    if not isinstance(space.wiring, Wiring):
-        raise SpaceMismatch(
-            message("plot_graph: the space has no wiring", help="trace the module again")
-        )
     html = path is not None and Path(path).suffix == ".html"
     figure = paint(drawing_of(graph, "" if html else title))
     if path is None:
@@ -76,7 +72,7 @@ def drawing_of(graph: ParameterGraph | WeightSpace, title: str = "") -> Drawing:
     """
     space = graph if isinstance(graph, WeightSpace) else graph.space
     state = {} if isinstance(graph, WeightSpace) else graph.values
-    wiring: Wiring = space.wiring
+    wiring = _wiring(space)
     edges: dict[tuple[int, int, str], list[Block]] = {}
     features: dict[int, list[Block]] = {}
     for block in wiring.blocks:
@@ -97,6 +93,14 @@ def drawing_of(graph: ParameterGraph | WeightSpace, title: str = "") -> Drawing:
     return Drawing(title, sets, links)
 
 
+def _wiring(space: WeightSpace) -> Wiring:
+    if space.wiring is None:
+        raise SpaceMismatch(
+            message("plot_graph: the space has no wiring", help="trace the module again")
+        )
+    return space.wiring
+
+
 def _depths(wiring: Wiring, edges: Mapping[tuple[int, int, str], Any]) -> list[int]:
     """The column of every node set: one more than that of the farthest set before it."""
     before: dict[int, set[int]] = {}
@@ -109,6 +113,10 @@ def _depths(wiring: Wiring, edges: Mapping[tuple[int, int, str], Any]) -> list[i
         for node in order:
             above = [depths[a] for a in before.get(node, ()) if _earlier(wiring, a, node)]
             depths[node] = max((d + 1 for d in above), default=0)
+    for node in order:  # what comes from nowhere stands next to where it goes
+        after = [depths[b] for b, sources in before.items() if node in sources]
+        if after and not before.get(node):
+            depths[node] = min(after) - 1
     return depths
 
 
@@ -119,11 +127,13 @@ def _earlier(wiring: Wiring, a: int, b: int) -> bool:
 def _node_set(
     space: WeightSpace, node: int, depth: int, features: list[Block], state: State
 ) -> NodeSet:
-    nodes = space.wiring.nodes[node]
+    nodes = _wiring(space).nodes[node]
     groups = [space.all_groups[name] for name in nodes.groups if name in space.all_groups]
     label = "*".join(map(str, groups)) or nodes.op or nodes.kind
     if nodes.kind != "hidden":
         label = nodes.kind
+    elif not groups and any("softmax" in act for act in nodes.acts):
+        label = "attention"
     family = "" if nodes.fixed else "*".join(g.name for g in groups if not g.fixed)
     names = tuple(dict.fromkeys(b.param for b in features if b.param))
     shift = next((b for b in features if b.param in state and space[b.param].role in _ADDED), None)

@@ -34,7 +34,7 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: .6
   padding: .9rem 1rem; overflow-x: auto; font: .82rem/1.5 ui-monospace, Consolas, monospace; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .4rem 0; font-size: .92rem; }
-th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line);
+th, td { text-align: left; padding: .35rem 1.3rem .35rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { color: var(--dim); font-weight: 600; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -46,7 +46,8 @@ figcaption, caption { color: var(--dim); font-size: .9rem; text-align: left; pad
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 .good { color: var(--good); } .bad { color: var(--bad); }
-nav a { color: var(--accent); text-decoration: none; margin-right: 1.1rem; }
+nav a { color: var(--accent); text-decoration: none; margin-right: 1.1rem;
+  white-space: nowrap; }
 footer { margin-top: 3rem; color: var(--dim); font-size: .85rem; }
 """
 

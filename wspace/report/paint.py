@@ -172,8 +172,8 @@ def _units(ax: Any, drawing: Drawing, nodes: NodeSet, place: _Place) -> None:
     ax.text(place.x, place.low - 0.08, nodes.label, ha="center", va="top", size=9.5, color=colour,
             weight="bold", zorder=4)  # fmt: skip
     notes = [f"{nodes.size:,} unit{'' if nodes.size == 1 else 's'}", *map(_note, nodes.notes)]
-    ax.text(place.x, place.low - 0.27, "\n".join(_few(notes)), ha="center", va="top", size=6.5, color=DIM,
-            linespacing=1.25, zorder=4)  # fmt: skip
+    ax.text(place.x, place.low - 0.27, "\n".join(_few(notes)), ha="center", va="top", size=6.5,
+            color=DIM, linespacing=1.25, zorder=4)  # fmt: skip
 
 
 def _few(names: list[str]) -> list[str]:
@@ -243,8 +243,8 @@ def _boxes(drawing: Drawing) -> "Figure":
     }
     long = [k for k in drawing.links if row_of[k.target] - row_of[k.source] != 1]
     lanes = _lanes([(row_of[k.source], row_of[k.target]) for k in long])
-    right = half + 0.14 * (max(lanes, default=0) + 1) + 0.2
-    low = heights[-1] - 0.75
+    right = half + 0.14 * (max(lanes, default=0) + 1) + (1.5 if any(k.label for k in long) else 0.2)
+    low = min(heights) - 0.75
     ax, figure = _canvas((-half - 0.2, right), (low, 0.45), drawing.title)
     for link in drawing.links:
         if row_of[link.target] - row_of[link.source] == 1:
@@ -286,7 +286,7 @@ def _lanes(spans: list[tuple[int, int]]) -> list[int]:
     taken: list[tuple[int, int, int]] = []
     lanes: dict[int, int] = {}
     for at in sorted(range(len(spans)), key=lambda i: abs(spans[i][1] - spans[i][0])):
-        start, end = sorted(spans[at])
+        start, end = min(spans[at]), max(spans[at])
         used = {lane for a, b, lane in taken if a < end and start < b}
         lanes[at] = next(n for n in range(len(spans) + 1) if n not in used)
         taken.append((start, end, lanes[at]))
@@ -349,10 +349,11 @@ def _thumbnail(ax: Any, link: Link, middle: tuple[float, float]) -> None:
     tall, wide = max(tall, 0.1), max(wide, 0.1)
     limit = float(np.quantile(np.abs(image), 0.98)) or 1.0
     colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#ffffff", POSITIVE])
-    extent = (x - wide / 2, x + wide / 2, y - tall / 2, y + tall / 2)
+    left, bottom = x - wide / 2, y - tall / 2
+    extent = (left, left + wide, bottom, bottom + tall)
     ax.imshow(image, cmap=colours, vmin=-limit, vmax=limit, extent=extent, aspect="auto",
               interpolation="nearest", zorder=4)  # fmt: skip
-    ax.add_patch(Rectangle(extent[::2], wide, tall, fill=False, ec=DIM, lw=0.6, zorder=5))
+    ax.add_patch(Rectangle((left, bottom), wide, tall, fill=False, ec=DIM, lw=0.6, zorder=5))
     ax.text(x + wide / 2 + 0.07, y, _lines(link.label), size=6, color=INK, ha="left", va="center",
             linespacing=1.15, zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.6})  # fmt: skip
 
@@ -384,12 +385,15 @@ def _colour(drawing: Drawing, nodes: NodeSet) -> str:
     return COLOURS[drawing.families[nodes.family] % len(COLOURS)]
 
 
-def heatmaps(matrices: Sequence[tuple[str, Matrix]], *, title: str = "") -> "Figure":
-    """Matrices side by side, on one scale, each under its title.
+def heatmaps(
+    matrices: Sequence[tuple[str, Matrix]], *, columns: int = 1, width: float = 6.0
+) -> "Figure":
+    """Matrices in a grid, each under its title and on its own scale.
 
     Args:
-        matrices: Titles and values.
-        title: Over all of them.
+        matrices: Titles and values, of one shape.
+        columns: How many stand beside each other.
+        width: Of the figure, in inches.
 
     Returns:
         The figure.
@@ -398,18 +402,20 @@ def heatmaps(matrices: Sequence[tuple[str, Matrix]], *, title: str = "") -> "Fig
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * len(matrices), 3.3), facecolor="white", layout="constrained")
+    rows = -(-len(matrices) // columns)
+    titles = max(name.count("\n") + 1 for name, _ in matrices) * 0.17 + 0.1
+    shape = matrices[0][1].shape
+    tall = rows * (0.94 * width / columns * shape[0] / shape[1] + titles) + 0.1
+    figure = Figure(figsize=(width, tall), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    limit = max((float(np.abs(m).max()) for _, m in matrices), default=1.0) or 1.0
     colours = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#ffffff", POSITIVE])
     for at, (name, matrix) in enumerate(matrices, 1):
-        ax = figure.add_subplot(1, len(matrices), at)
+        ax = figure.add_subplot(rows, columns, at)
+        limit = float(np.quantile(np.abs(matrix), 0.98)) or 1.0
         ax.imshow(matrix, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
-        ax.set_title(name, size=9, color=INK)
+        ax.set_title(name, size=8, color=INK, pad=3)
         ax.set_xticks([])
         ax.set_yticks([])
         for spine in ax.spines.values():
             spine.set_color(FAINT)
-    if title:
-        figure.suptitle(title, size=10, weight="bold", color=INK)
     return figure
