@@ -107,14 +107,14 @@ def stages(rounds: int) -> dict[str, float]:
 
 
 STAGES = {
-    "capture": "capture: run the module on meta tensors, record calls",
+    "capture": "capture: run the module on shapes, record calls",
+    "find_families": "families of stacked modules",
     "solve": "rules and solving",
-    "Naming": "derive: name groups, resolve dependences",
-    "build_params": "derive: write params",
-    "roles_of": "roles",
-    "merge_families": "families of stacked modules",
-    "derive_gauges": "scale, sign and phase gauges",
-    "build_wiring": "wiring for graphs",
+    "Naming": "derive: groups and dependences",
+    "build_params": "derive: parameters",
+    "roles_of": "derive: roles",
+    "derive_gauges": "scale, sign and phase",
+    "wire": "wiring of the graph",
     "rest": "everything else",
 }
 
@@ -163,7 +163,7 @@ def _mlp(width: int) -> nn.Module:
 
 
 def main() -> None:
-    options = start(__doc__)
+    options = start(__doc__, rounds=7)
     rounds = options.rounds
     figures = {
         "resnet50_224": compare("ResNet-50", models.resnet50, 224, rounds),

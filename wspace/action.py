@@ -273,6 +273,9 @@ def _grid(
 
     The grid has shape ``(contexts, *sizes of the factors)``; placing returns a tensor that
     broadcasts to it.
+
+    Yields:
+        The factor, its environment and number of contexts, and the placing function.
     """
     sizes = [f.size for f in axis.factors]
     for j, f in enumerate(axis.factors):
@@ -320,10 +323,8 @@ def _rescale(t: Transform, p: Param, gauge: Gauge, factor: Tensor, x: Tensor) ->
     return x
 
 
-def _along(
-    p: Param, d: int, group: str, occurrence: int, values: Tensor, neutral: float
-) -> Tensor:
-    """Per-unit `values` of one occurrence of a group laid out along an axis, `neutral` elsewhere."""
+def _along(p: Param, d: int, group: str, occurrence: int, values: Tensor, neutral: float) -> Tensor:
+    """Per-unit `values` of one occurrence of a group along an axis, `neutral` elsewhere."""
     env = {p.at[0]: torch.tensor([p.at[1]])} if p.at else {}
     turns = iter(range(10**9))
 

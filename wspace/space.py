@@ -7,7 +7,7 @@ from a module is in `trace`.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from math import prod
@@ -189,8 +189,8 @@ class Gauge:
 
     With one factor ``s[u]`` per unit, each *slot* ``(param, dim, occurrence, exponent)`` multiplies
     the parameter along `dim` by ``s ** exponent``; `occurrence` counts the appearances of the group
-    in that axis. Factors are positive for ``"scale"`` and ±1 for ``"sign"``. For ``"phase"`` there is
-    an integer ``k[u]``: slots multiply by ``(-1) ** (k * exponent)`` and `shifts`
+    in that axis. Factors are positive for ``"scale"`` and ±1 for ``"sign"``. For ``"phase"`` there
+    is an integer ``k[u]``: slots multiply by ``(-1) ** (k * exponent)`` and `shifts`
     ``(param, dim, occurrence, amount)`` add ``k * amount``.
 
     Attributes:

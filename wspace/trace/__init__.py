@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from wspace.errors import TraceError, UnknownOp, message
-from wspace.space import Opaque, Role, WeightSpace
-from wspace.trace import shapes  # noqa: F401  (registers its rules)
+from wspace.space import Opaque, WeightSpace
+from wspace.trace import shapes as shapes  # registers its rules
 from wspace.trace.capture import (
     CONST,
     Call,
@@ -22,7 +22,8 @@ from wspace.trace.capture import (
 from wspace.trace.derive import Naming, build_params
 from wspace.trace.families import Family, find_families
 from wspace.trace.gauges import derive_gauges
-from wspace.trace.rules import apply, known
+from wspace.trace.roles import roles_of
+from wspace.trace.rules import apply, arguments, known
 from wspace.trace.sandbox import persistent_float_buffers
 from wspace.trace.solve import Axis, Solver
 from wspace.trace.wiring import wire
@@ -150,7 +151,7 @@ def _read_slot(s: Solver, call: Call, family: Family) -> None:
             s.freeze(family.axis)
         out.axes = list(shared.axes)
     else:
-        dim = call.args[1] % len(shared.shape)
+        dim = arguments(call)["dim"] % len(shared.shape)
         s.unify(shared.axes[dim], family.axis)
         kept = [()] if call.name == "slice" else []
         out.axes = [*shared.axes[:dim], *kept, *shared.axes[dim + 1 :]]
@@ -165,10 +166,17 @@ def _freeze(s: Solver, values: list[Value]) -> None:
             s.freeze(value.points)
 
 
-_READS_POINTS = frozenset("embedding index index_select gather index_add scatter scatter_add "
-                          "histc sort index_put".split())  # fmt: skip
-_KEEPS_POINTS = frozenset("view _unsafe_view permute transpose t unsqueeze squeeze expand clone "
-                          "alias detach _to_copy slice select unbind split repeat flatten".split())  # fmt: skip
+_READS_POINTS = frozenset(
+    """
+    embedding index index_select gather index_add scatter scatter_add histc sort index_put
+    """.split()
+)
+_KEEPS_POINTS = frozenset(
+    """
+    view _unsafe_view permute transpose t unsqueeze squeeze expand clone alias detach _to_copy
+    slice select unbind split repeat flatten
+    """.split()
+)
 
 
 def _follow_points(s: Solver, call: Call) -> None:
@@ -196,54 +204,10 @@ def _leaf_axes(s: Solver, value: Value) -> list[Axis]:
 
 
 def _unknown_message(call: Call) -> str:
-    shapes = ", ".join(str(list(v.shape)) for v in call.ins)
+    sizes = ", ".join(str(list(v.shape)) for v in call.ins)
     return message(
         f"trace: no rule for {call.op}",
         expected="an operator with a rule, or one that decomposes into such operators",
-        got=f"it at {call.source or 'an unknown place'}, on shapes {shapes}",
+        got=f"it at {call.source or 'an unknown place'}, on shapes {sizes}",
         help="add a rule (docs/extending.md), or pass on_unknown='freeze' to fix what it touches",
     )
-
-
-_CONTRACTIONS = frozenset("mm addmm bmm baddbmm mv addmv dot linear convolution _trilinear "
-                          "_grouped_mm _scaled_dot_product_flash_attention_for_cpu".split())  # fmt: skip
-_VIEWS = frozenset("t transpose permute view _unsafe_view expand unsqueeze squeeze select slice "
-                   "split split_with_sizes unbind clone _to_copy alias detach repeat "
-                   "_weight_norm_interface neg cat stack".split())  # fmt: skip
-
-
-def roles_of(program: Program) -> dict[int, Role]:
-    """The role of each parameter, from the operators that read it or a view of it."""
-    owner: dict[int, list[Value]] = {id(v): [v] for v in program.params}
-    found: dict[int, set[Role]] = {}
-    for call in program.calls:
-        for i, value in enumerate(call.ins):
-            for param in owner.get(id(value), ()):
-                role = _role(call, i)
-                if role is not None:
-                    found.setdefault(id(param), set()).add(role)
-                elif call.name in _VIEWS:
-                    for out in call.outs:
-                        owner.setdefault(id(out), []).append(param)
-    return {k: next(iter(v)) if len(v) == 1 else Role.OTHER for k, v in found.items()}
-
-
-def _role(call: Call, position: int) -> Role | None:
-    name = call.name
-    if name in _VIEWS:
-        return None
-    if name in ("addmm", "baddbmm", "addmv"):
-        return Role.SHIFT if position == 0 else Role.MATRIX
-    if name == "convolution":
-        return Role.SHIFT if position == 2 else Role.MATRIX
-    if name in _CONTRACTIONS:
-        return Role.MATRIX
-    if "norm" in name and position > 0:
-        return (Role.SCALE, Role.SHIFT, Role.STATISTIC, Role.STATISTIC)[min(position, 4) - 1]
-    if name in ("embedding", "index", "index_select", "gather"):
-        return Role.TABLE
-    if name in ("add", "sub", "copy"):
-        return Role.SHIFT
-    if name in ("mul", "div"):
-        return Role.SCALE
-    return Role.OTHER

@@ -15,8 +15,11 @@ whatever Python names the module used. Values are recorded, not names, so hooks,
 and functional code need no special case.
 """
 
+# pyright: reportPrivateUsage=false
+# PyTorch's dispatch and module internals have no public names; they are used here only.
+
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from wspace.errors import TraceError, message
+from wspace.trace.metashapes import ALIKE, SHAPES
 from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
@@ -43,14 +47,17 @@ PARAM, ACTIVE, INPUT, CONST = "param", "active", "input", "const"
 _TORCH_DIR = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 _FACTORIES = frozenset(
-    "zeros ones full empty empty_strided zeros_like ones_like full_like empty_like "
-    "new_zeros new_ones new_full new_empty new_empty_strided scalar_tensor "
-    "arange linspace eye rand randn rand_like randn_like tri_indices randint randperm "
-    "lift_fresh".split()
+    """
+    zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros
+    new_ones new_full new_empty new_empty_strided scalar_tensor arange linspace eye rand randn
+    rand_like randn_like tri_indices randint randperm lift_fresh
+    """.split()
 )
 _UNIFORM = frozenset(
-    "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
-    "new_empty".split()
+    """
+    zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full
+    new_empty
+    """.split()
 )
 
 
@@ -341,7 +348,8 @@ class _Recorder(TorchDispatchMode):
 
     def _decompose(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Result of an operator run through its decomposition, whose operators are recorded."""
-        table = torch._decomp.decomposition_table
+        from torch._decomp import decomposition_table as table
+
         with self:
             if func in table:
                 return table[func](*args, **kwargs)
@@ -412,12 +420,12 @@ class _Recorder(TorchDispatchMode):
     @staticmethod
     def _shape_of(name: str, args: Any, kwargs: Any, ins: list[Value], *, inplace: bool) -> Any:
         """Meta result of a frequent operator, without its slow meta function; None for others."""
-        if name in _ALIKE:
+        if name in ALIKE:
             first = ins[0]
             if all(v.shape == first.shape and v.dtype == first.dtype for v in ins[1:]):
                 return args[0] if inplace else torch.empty_like(args[0])
             return None
-        shape = None if inplace else _SHAPES.get(name)
+        shape = None if inplace else SHAPES.get(name)
         return None if shape is None else shape(*args, **kwargs)
 
     # ------------------------------------------------------------------ result
@@ -445,50 +453,6 @@ def _map(function: Callable[[Tensor], Any], x: Any) -> Any:
     if isinstance(x, list | tuple):
         return type(x)(_map(function, y) for y in x)
     return x
-
-
-def _batch_norm_shape(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    empty = torch.empty(0, dtype=x.dtype, device="meta")
-    return torch.empty_like(x), empty, empty
-
-
-def _convolution_shape(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Shape of a convolution's result; what does not fit goes to PyTorch's own check."""
-    source, rank = (w.shape[0], w.dim() - 2) if transposed else (w.shape[1] * groups, w.dim() - 2)
-    if x.shape[1] != source or not len(stride) == len(padding) == len(dilation) == rank:
-        return torch.ops.aten.convolution(
-            x, w, bias, stride, padding, dilation, transposed, output_padding, groups
-        )
-    sizes = []
-    for i in range(rank):
-        n, reach = x.shape[2 + i], dilation[i] * (w.shape[2 + i] - 1)
-        if transposed:
-            sizes.append((n - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1)
-        else:
-            sizes.append((n + 2 * padding[i] - reach - 1) // stride[i] + 1)
-    channels = w.shape[1] * groups if transposed else w.shape[0]
-    return torch.empty(x.shape[0], channels, *sizes, dtype=x.dtype, device="meta")
-
-
-_ALIKE = frozenset(
-    "relu gelu silu sigmoid tanh add mul sub leaky_relu elu hardswish hardsigmoid hardtanh exp "
-    "rsqrt sqrt neg sin cos softplus".split()
-)
-_SHAPES: dict[str, Callable[..., Any]] = {
-    "native_batch_norm": _batch_norm_shape,
-    "convolution": _convolution_shape,
-}
-"""Shapes of operators whose own meta functions are slow Python."""
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:

@@ -170,7 +170,8 @@ def _place(
     at_source, at_target = varying(source, grid), varying(target, grid)
     if leaf.inner is not None:
         inner = leaf.inside(grid)
-        ends = (inner, target) if moves & at_target else (source, inner)
+        forward = len(moves & (at_target - at_source)) >= len(moves & (at_source - at_target))
+        ends = (inner, target) if forward else (source, inner)
         b.place(leaf, ends, op, tag)
     elif several and moves <= at_target:
         b.place(leaf, (target,), op, f"{op}.target|{tag}")
@@ -231,7 +232,7 @@ def _product(
         other = c if pools[0] else a
         wanted |= {d for d in other.labels if d in lo and d not in (a if other is c else c).labels}
     dims = [i for i, d in enumerate(lo) if d in wanted]
-    fixed = not b.free(out, dims) if len(out.shape) == len(lo) else True
+    fixed = not b.free(out, dims) if len(out.shape) == len(lo) else not b.any_free(pools)
     shape = [sizes.get(d, 1) for d in range(grid)]
     target = b.named_by([*pools[0], *pools[1]], shape, wanted, "product", fixed=fixed)
     units = from_grid(target, lo, grid)

@@ -54,7 +54,7 @@ class Naming:
             rest = factors[i + 1 :]
             if any((c := s.cases(b)) is not None and c[0] == a for b in rest):
                 out.append(
-                    [self.tree(part + s._restrict_axis(rest, a, j)) for j, part in enumerate(parts)]
+                    [self.tree(part + s.restrict(rest, a, j)) for j, part in enumerate(parts)]
                 )
                 return out
             out.append([self.tree(part) for part in parts] if s.free((a,)) else a)
@@ -66,10 +66,10 @@ class Naming:
         for i, a in enumerate(factors := s.resolve(axis)):
             case = s.cases(a)
             if case is not None and case[0] not in factors[:i]:
-                s._forget(a, {case[0]})
+                s.forget(a, {case[0]})
                 return True
             for j, part in enumerate(s.parts(a) or ()):
-                if self._flatten_cases(part + s._restrict_axis(factors[i + 1 :], a, j)):
+                if self._flatten_cases(part + s.restrict(factors[i + 1 :], a, j)):
                     return True
         return False
 
@@ -118,14 +118,16 @@ class Naming:
                     return False
                 if not all(self._match(p, q, pairs, outside) for p, q in zip(x, y, strict=True)):
                     return False
-            elif self._is_fixed(x) or self._is_fixed(y):
-                if self._is_fixed(x) != self._is_fixed(y) or self.s.size((x,)) != self.s.size((y,)):
-                    return False
-            elif x != y and (x in outside or y in outside):
+            elif not self._same_kind(x, y):
                 return False
-            elif pairs.setdefault(x, y) != y or self.s.size((x,)) != self.s.size((y,)):
+            elif not self._is_fixed(x) and (
+                (x != y and (x in outside or y in outside)) or pairs.setdefault(x, y) != y
+            ):
                 return False
         return True
+
+    def _same_kind(self, x: int, y: int) -> bool:
+        return self._is_fixed(x) == self._is_fixed(y) and self.s.size((x,)) == self.s.size((y,))
 
     def _commit(self, family: Family, index: int, alias: dict[int, int]) -> None:
         self.over.setdefault(index, [])
@@ -331,6 +333,11 @@ def _merge_fixed(parts: list[Axis]) -> tuple[Axis, ...]:
 
 
 def atoms_of(tree: Tree) -> Iterator[int]:
+    """Atoms of a tree from left to right, with repetition.
+
+    Yields:
+        Atom numbers.
+    """
     for node in tree:
         if isinstance(node, list):
             for part in node:

@@ -25,6 +25,7 @@ class System:
         self.pivots: dict[int, Expr] = {}
 
     def unknown(self, owner: Any) -> Expr:
+        """A new unknown, with what it is the exponent of."""
         self.owners.append(owner)
         return {len(self.owners) - 1: 1}
 
@@ -74,6 +75,7 @@ class System:
         }
 
     def equal(self, a: Expr, b: Expr) -> None:
+        """Requires two expressions to agree."""
         if a is not b and a != b:
             self.zero(self.combine([(a, 1), (b, -1)]))
 
@@ -117,6 +119,7 @@ class Equations:
         return self._leaves[key]
 
     def is_free(self, atom: int) -> bool:
+        """True if the atom is a group, fixed atoms having no exponent."""
         if atom not in self._free:
             self._free[atom] = self.naming.s.free((atom,))
         return self._free[atom]
@@ -136,11 +139,13 @@ class Equations:
         return rows
 
     def kill(self, rows: Iterable[Row]) -> None:
+        """Requires every exponent of the rows to vanish."""
         for row in rows:
             for expr in row:
                 self.system.zero(expr)
 
     def equate(self, a: Row, b: Row) -> None:
+        """Requires two rows to agree; rows of different structure vanish."""
         if len(a) == len(b):
             for x, y in zip(a, b, strict=True):
                 self.system.equal(x, y)
@@ -156,4 +161,5 @@ class Equations:
             self.kill([a, b])
 
     def neutral(self, value: Value) -> list[Row]:
+        """Rows of a value that does not scale."""
         return [[{} for _ in self.leaves(axis)] for axis in value.axes]

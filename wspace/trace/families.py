@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from wspace.trace.capture import ACTIVE, CONST, INPUT, PARAM, Call, Program, Value
+from wspace.trace.rules import arguments
 
 _ACCUMULATE = frozenset(("add", "index_add"))
 _SLOT_READS = frozenset(("select", "slice", "eq"))
@@ -77,7 +78,8 @@ class _Walk:
         first = calls[0]
         if any(c.op is not first.op for c in calls):
             return False
-        if len({next(i for i, o in enumerate(c.outs) if o is v) for c, v in zip(calls, row)}) > 1:
+        places = {_place(c, v) for c, v in zip(calls, row, strict=True)}
+        if len(places) > 1:
             return False
         if all(c.args[0] is first.args[0] for c in calls) and first.name in _SLOT_READS:
             return self.slots(calls)
@@ -112,20 +114,24 @@ class _Walk:
         return len(set(self.indices)) == 1
 
 
+def _place(call: Call, value: Value) -> int:
+    """Which output of a call a value is."""
+    return next(i for i, out in enumerate(call.outs) if out is value)
+
+
 def _slot(call: Call) -> tuple[int | None, int] | None:
     """Dimension and index that a call reads; dimension None for a comparison with an index."""
     shared: Value = call.args[0]
     if call.name == "eq":
         index = call.args[1]
         return (None, index) if isinstance(index, int) and not isinstance(index, bool) else None
-    rank = len(shared.shape)
-    dim = (call.args[1] if len(call.args) > 1 else 0) % rank
+    bound = arguments(call)
+    dim = bound["dim"] % len(shared.shape)
     if call.name == "select":
-        return dim, call.args[2] % shared.shape[dim]
-    start = call.args[2] if len(call.args) > 2 else 0
+        return dim, bound["index"] % shared.shape[dim]
     if call.outs[0].shape[dim] != 1:
         return None
-    return dim, (start or 0) % shared.shape[dim]
+    return dim, (bound["start"] or 0) % shared.shape[dim]
 
 
 def _flat(call: Call) -> list[Any]:

@@ -13,26 +13,57 @@ from wspace.trace.derive import Tree, atoms_of
 from wspace.trace.exponents import Equations, Row, Shift
 from wspace.trace.rules import arguments, dims_of
 
-_HOMOGENEOUS = frozenset("relu leaky_relu _prelu_kernel".split())
-_ODD = frozenset("tanh sin erf asinh atan sinh hardtanh_symmetric sign round".split())
-_EVEN = frozenset("abs cos cosh".split())
-_LINEAR = frozenset("neg clone detach alias _to_copy lift_fresh contiguous native_dropout "
-                    "positive".split())  # fmt: skip
-_VIEWS = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten permute transpose t "
-                   "unsqueeze squeeze expand repeat pixel_shuffle pixel_unshuffle diagonal "
-                   "channel_shuffle native_channel_shuffle as_strided".split())  # fmt: skip
-_SUMS = frozenset("add sub where copy lerp maximum minimum rsub".split())
-_POOLS = frozenset("avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-                   "adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-                   "upsample_bilinear2d upsample_linear1d reflection_pad2d replication_pad2d "
-                   "constant_pad_nd".split())  # fmt: skip
+_HOMOGENEOUS = frozenset(
+    """
+    relu leaky_relu _prelu_kernel
+    """.split()
+)
+_ODD = frozenset(
+    """
+    tanh sin erf asinh atan sinh hardtanh_symmetric sign round
+    """.split()
+)
+_EVEN = frozenset(
+    """
+    abs cos cosh
+    """.split()
+)
+_LINEAR = frozenset(
+    """
+    neg clone detach alias _to_copy lift_fresh contiguous native_dropout positive
+    """.split()
+)
+_VIEWS = frozenset(
+    """
+    view _unsafe_view reshape _reshape_alias flatten unflatten permute transpose t unsqueeze
+    squeeze expand repeat pixel_shuffle pixel_unshuffle diagonal channel_shuffle
+    native_channel_shuffle as_strided
+    """.split()
+)
+_SUMS = frozenset(
+    """
+    add sub where copy lerp maximum minimum rsub
+    """.split()
+)
+_POOLS = frozenset(
+    """
+    avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_bilinear2d upsample_linear1d reflection_pad2d replication_pad2d constant_pad_nd
+    """.split()
+)
 _MAX_POOLS = frozenset(
-    "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d".split()
+    """
+    max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
+    """.split()
 )
 _REDUCE = frozenset(("sum", "mean"))
 _REDUCE_MAX = frozenset(("amax", "amin"))
-_CUTS = frozenset("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk slice select "
-                  "unbind narrow".split())  # fmt: skip
+_CUTS = frozenset(
+    """
+    split split_with_sizes unsafe_split unsafe_split_with_sizes chunk slice select unbind narrow
+    """.split()
+)
 
 
 def apply(p: Equations, call: Call) -> list[list[Row]]:
@@ -93,14 +124,16 @@ def _phase(p: Equations, call: Call, rows: list[Row]) -> list[Row]:
     for i, (expr, atom) in enumerate(zip(rows[last], leaves, strict=True)):
         if p.is_free(atom):
             turn = p.system.unknown(Shift(bias, i, atom, math.pi / omega))
-            expr = p.system.combine([(expr, 1), (turn, 1)])
-        shifted.append(expr)
+            shifted.append(p.system.combine([(expr, 1), (turn, 1)]))
+        else:
+            shifted.append(expr)
     out[last] = shifted
     return out
 
 
 def _bias_of(p: Equations, maker: Call, value: Value) -> Value | None:
     """The vector that is added to a linear map's result and to nothing else."""
+    bias: Any
     if maker.name == "addmm" and maker.outs[0] is value:
         bias = maker.args[0]
     elif maker.name == "convolution":
@@ -178,12 +211,19 @@ def _mm(p: Equations, call: Call) -> list[list[Row]]:
     p.oppose(a[-1], b[-2])
     out = [a[-2], b[-1]]
     if len(a) == 3:
-        same = len(a[0]) == len(b[0])
-        batch = [p.system.combine([(x, 1), (y, 1)]) for x, y in zip(a[0], b[0], strict=same)]
+        batch = _added(p, a[0], b[0])
         out = [batch, *out]
     if call.name in ("addmm", "baddbmm"):
         _meet_bias(p, bound["self"], out, call.outs[0])
     return [out]
+
+
+def _added(p: Equations, a: Row, b: Row) -> Row:
+    """Exponents of an elementwise product along one axis."""
+    if len(a) != len(b):
+        p.kill([a, b])
+        return [{} for _ in a]
+    return [p.system.combine([(x, 1), (y, 1)]) for x, y in zip(a, b, strict=True)]
 
 
 def _meet_bias(p: Equations, bias: Value, out: list[Row], value: Value) -> None:
@@ -229,8 +269,7 @@ def _batch_norm(p: Equations, call: Call) -> list[list[Row]]:
     weight, bias = bound.get("weight"), bound.get("bias")
     if weight is not None:
         w = p.rows(weight)[0]
-        same = len(out) == len(w)
-        out = [p.system.combine([(a, 1), (b, 1)]) for a, b in zip(out, w, strict=same)]
+        out = _added(p, out, w)
     if bias is not None:
         p.equate(out, p.rows(bias)[0])
     else:
@@ -435,7 +474,7 @@ def _weight_norm(p: Equations, call: Call) -> list[list[Row]]:
     p.kill(r for d, r in enumerate(rows) if d != dim)
     target = gain[dim if len(g.shape) == len(v.shape) else 0]
     if p.sign:
-        target = [p.system.combine([(a, 1), (b, 1)]) for a, b in zip(target, rows[dim])]
+        target = _added(p, target, rows[dim])
     out = p.neutral(call.outs[0])
     out[dim] = target
     return [out]

@@ -103,10 +103,9 @@ def fit(sets: Sets, coords: Sequence[Ids], ends: Sequence[Ids]) -> list[Shape]:
 def _cut(sets: Sets, grid: Grid) -> list[Grid] | None:
     """Smaller grids, if this one is not yet a nest of loops; None if it is."""
     here = grid.coords[0]
-    if here.size == 1:
-        if here.flat[0] < 0:
-            return []
-    elif (here < 0).any():
+    if (here < 0).all():
+        return []
+    if (here < 0).any():
         return _by_row(grid, here >= 0)
     for ids in grid.ends:
         if sets.of(ids) is None:
@@ -116,16 +115,32 @@ def _cut(sets: Sets, grid: Grid) -> list[Grid] | None:
         if c.size == 1:
             continue
         dims = _varying(c)
-        if walked & set(dims):
-            raise Lost
+        if shared := walked & set(dims):
+            return [_unmerge(grid, min(shared))]
         walked |= set(dims)
         steps = _steps(c, dims)
         if steps is None:
-            return _by_step(grid, c, dims)
+            merged = next((d for d in dims if _period(c, d, least=2)), None)
+            return _by_step(grid, c, dims) if merged is None else [_unmerge(grid, merged)]
         if not _nested(c, dims, steps):
             d = max(dims, key=lambda d: abs(steps[d]))
             return [_keep(grid, d, i, i + 1, 1) for i in range(_small(c.shape[d]))]
     return None
+
+
+def _unmerge(grid: Grid, d: int) -> Grid:
+    """Splits a dimension along which two coordinates advance: a view merged two of a parameter's."""
+    inner = next((r for c in grid.coords[1:] if (r := _period(c, d, least=2))), 0)
+    if not inner:
+        raise Lost
+
+    def split(a: Ids) -> Ids:
+        if a.shape[d] == 1:
+            return np.expand_dims(a, d)
+        shape = (*a.shape[:d], a.shape[d] // inner, inner, *a.shape[d + 1 :])
+        return compress(a.reshape(shape), (d, d + 1))
+
+    return grid.map(split)
 
 
 def _small(n: int) -> int:
@@ -279,10 +294,10 @@ def _refine(
     return sizes, of, ends
 
 
-def _period(e: Ids, i: int) -> int:
+def _period(e: Ids, i: int, least: int = 4) -> int:
     """Length of the inner loop if units repeat along loop `i`; 0 if they do not."""
     n = e.shape[i]
-    if n < 4:
+    if n < least:
         return 0
     rows = np.moveaxis(e, i, 0).reshape(n, -1)
     equal = (rows == rows[0]).all(1)

@@ -10,7 +10,7 @@ are in `shapes.py`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._ops import OpOverload
@@ -19,16 +19,17 @@ from wspace.trace.capture import Call, Value
 from wspace.trace.solve import Axis, Solver
 
 Axes = list[Axis]
-Result = Axes | tuple[Axes | None, ...]
+Result = Axes | tuple[Axes | None, ...] | None
+F = TypeVar("F", bound=Callable[..., Result])
 RULES: dict[str, Callable[..., Result]] = {}
 _SIGNATURES: dict[str, tuple[str, ...]] = {}
 _SCHEMAS: dict[OpOverload, list[tuple[str, Any]]] = {}
 
 
-def rule(*names: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def rule(*names: str) -> Callable[[F], F]:
     """Decorator that registers a rule for aten operators, by base name (``"addmm"``)."""
 
-    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+    def register(function: F) -> F:
         code = function.__code__
         for name in names:
             RULES[name] = function
@@ -49,7 +50,7 @@ def arguments(call: Call) -> dict[str, Any]:
     if schema is None:
         schema = [
             (a.name, a.default_value if a.has_default_value() else None)
-            for a in call.op._schema.arguments
+            for a in call.op._schema.arguments  # pyright: ignore[reportPrivateUsage]
         ]
         _SCHEMAS[call.op] = schema
     bound = dict(schema)
@@ -58,7 +59,7 @@ def arguments(call: Call) -> dict[str, Any]:
     return bound
 
 
-def apply(s: Solver, call: Call) -> Result | None:
+def apply(s: Solver, call: Call) -> Result:
     """Output axes of a call, or None if there is no rule for its operator."""
     function = RULES.get(call.name)
     if function is None:
@@ -127,6 +128,7 @@ def _softmax(s: Solver, self: Value, dim: int) -> Result:
 def _cumulative(s: Solver, self: Value, dim: int) -> Result:
     for d in dims_of(dim, len(self.shape)):
         s.freeze(self.axes[d])
+        s.mix(self.axes, [d])
     return list(self.axes)
 
 
@@ -145,19 +147,18 @@ def _glu(s: Solver, self: Value, dim: int) -> Result:
 
 
 @rule("mm")
-def _mm(s: Solver, self: Value, mat2: Value) -> Result:
+def _mm(s: Solver, self: Value, mat2: Value) -> Axes:
     s.unify(self.axes[1], mat2.axes[0])
     return [self.axes[0], mat2.axes[1]]
 
 
 @rule("addmm")
 def _addmm(s: Solver, self: Value, mat1: Value, mat2: Value) -> Result:
-    out = _mm(s, mat1, mat2)
-    return _add_bias(s, out, self)
+    return _add_bias(s, _mm(s, mat1, mat2), self)
 
 
 @rule("bmm")
-def _bmm(s: Solver, self: Value, mat2: Value) -> Result:
+def _bmm(s: Solver, self: Value, mat2: Value) -> Axes:
     s.unify(self.axes[0], mat2.axes[0])
     s.unify(self.axes[2], mat2.axes[1])
     return [self.axes[0], self.axes[1], mat2.axes[2]]
@@ -169,7 +170,7 @@ def _baddbmm(s: Solver, self: Value, batch1: Value, batch2: Value) -> Result:
 
 
 @rule("mv")
-def _mv(s: Solver, self: Value, vec: Value) -> Result:
+def _mv(s: Solver, self: Value, vec: Value) -> Axes:
     s.unify(self.axes[1], vec.axes[0])
     return [self.axes[0]]
 
@@ -192,10 +193,10 @@ def _linear(s: Solver, input: Value, weight: Value, bias: Value | None) -> Resul
     return out if bias is None else _add_bias(s, out, bias)
 
 
-def _add_bias(s: Solver, out: Result, bias: Value) -> Result:
+def _add_bias(s: Solver, out: Axes, bias: Value) -> Axes:
     for d in range(-len(bias.shape), 0):
         if bias.shape[d] != 1:
-            s.unify(out[d], bias.axes[d])  # type: ignore[arg-type]
+            s.unify(out[d], bias.axes[d])
     return out
 
 
@@ -254,7 +255,7 @@ def _convolution(
 
 
 @rule("_grouped_mm")
-def _grouped_mm(s: Solver, self: Value, mat2: Value, offs: Value | None, bias: Value | None):
+def _grouped_mm(s: Solver, self: Value, mat2: Value, offs: Value | None) -> Result:
     if len(self.shape) != 2 or len(mat2.shape) != 3 or offs is None:
         return None
     s.unify(self.axes[1], mat2.axes[1])

@@ -4,6 +4,9 @@ Also the two adjustments that a run may need: dense kernels for mixtures of expe
 throughout for a proof.
 """
 
+# pyright: reportPrivateUsage=false
+# PyTorch's dispatch and module internals have no public names; they are used here only.
+
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -133,6 +136,12 @@ def persistent_float_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that a checkpoint holds and that a group element may therefore move.
 
     Non-persistent buffers (rotary frequencies, masks) are rebuilt on loading: they are constants.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Qualified names and buffers.
     """
     found = []
     for prefix, m in module.named_modules(remove_duplicate=False):
@@ -149,6 +158,12 @@ def tensors_in(result: Any) -> list[Tensor]:
 
     Objects of other kinds, such as key-value caches, are carried state and not output; they count
     only if nothing else is returned.
+
+    Args:
+        result: What the module returned.
+
+    Returns:
+        The tensors.
     """
     found = _visit(result, set(), deep=False)
     return found or _visit(result, set(), deep=True)

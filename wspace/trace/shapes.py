@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wspace.trace.capture import CONST, Call, Value
 from wspace.trace.rules import Axes, Result, arguments, dims_of, rule
@@ -14,7 +15,7 @@ from wspace.trace.solve import Solver
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 def _view(s: Solver, self: Value, call: Call) -> Result:
     if call.outs[0].dtype.itemsize != self.dtype.itemsize:
-        return None  # type: ignore[return-value]
+        return None
     return s.reshape(self.axes, call.outs[0].shape)
 
 
@@ -203,7 +204,7 @@ def _as_strided(s: Solver, self: Value, call: Call) -> Result:
     strides = zip(arguments(call)["stride"], _contiguous(out), out, strict=True)
     if out == self.shape and all(a == b for a, b, size in strides if size > 1):
         return list(self.axes)
-    return None  # type: ignore[return-value]
+    return None
 
 
 def _contiguous(shape: tuple[int, ...]) -> list[int]:
@@ -229,6 +230,7 @@ def _unfold(s: Solver, self: Value, dimension: int, call: Call) -> Result:
 def _patches(s: Solver, self: Value, kernel_size: list[int], call: Call) -> Result:
     taps = kernel_size[0] * kernel_size[1]
     shape = call.outs[0].shape
+    s.mix(self.axes, range(len(self.axes) - (2 if call.name == "im2col" else 1), len(self.axes)))
     if call.name == "im2col":
         lead, (h, w) = self.axes[:-3], self.axes[-2:]
         s.freeze(h + w)
@@ -258,14 +260,15 @@ def _look_up(s: Solver, value: Value, d: int, index: Value) -> None:
     if index.points is not None and s.size(index.points) == value.shape[d]:
         s.unify(index.points, value.axes[d])
         s.point(index.axes, value.axes[d])
-    elif index.kind == CONST and _constant(index.data):
-        s.narrow(value.axes, d, int(index.data.flatten()[0]), int(index.data.flatten()[0]) + 1)
+    elif index.kind == CONST and index.data is not None and _constant(index.data):
+        at = int(index.data.flatten()[0]) % value.shape[d]
+        s.narrow(value.axes, d, at, at + 1)
     else:
         s.freeze(value.axes[d])
 
 
-def _constant(data: Any) -> bool:
-    return data is not None and data.numel() > 0 and bool((data == data.flatten()[0]).all())
+def _constant(data: Tensor) -> bool:
+    return data.numel() > 0 and bool((data == data.flatten()[0]).all())
 
 
 @rule("embedding")
@@ -358,7 +361,7 @@ def _index_mask(s: Solver, self: Value, indices: list[Value | None], call: Call)
             placed = True
     out += self.axes[d:]
     if len(out) != len(call.outs[0].shape):
-        return None  # type: ignore[return-value]
+        return None
     return out
 
 

@@ -192,7 +192,7 @@ class Solver:
         self._product[atom] = axis
         if case is not None:
             for j, piece in enumerate(case.pieces):
-                self.unify(piece, self._restrict_axis(axis, case.index, j))
+                self.unify(piece, self.restrict(axis, case.index, j))
 
     def _merge(self, x: int, y: int) -> None:
         x, y = self.find(x), self.find(y)
@@ -317,7 +317,7 @@ class Solver:
         for i in range(len(axes)):
             if i != dim:
                 for index, j in path:
-                    axes[i] = self._restrict_axis(axes[i], index, j)
+                    axes[i] = self.restrict(axes[i], index, j)
         return axes
 
     def _take(self, axis: Axis, start: int, stop: int) -> tuple[Axis, list[tuple[int, int]]] | None:
@@ -335,7 +335,7 @@ class Solver:
             if first is None:
                 return None
             for index, j in first[1]:
-                rest = self._restrict_axis(rest, index, j)
+                rest = self.restrict(rest, index, j)
             inner = self._take(rest, start - i * step, stop - i * step)
             return None if inner is None else (inner[0], first[1] + inner[1])
         if lead not in self._concat:
@@ -385,7 +385,7 @@ class Solver:
                     return None
                 path = [(lead, j), *inner[1]]
                 for index, i in path:
-                    rest = self._restrict_axis(rest, index, i)
+                    rest = self.restrict(rest, index, i)
                 return inner[0] + rest, path
         whole = self._take_concat(lead, start, stop)
         if whole is None:
@@ -407,7 +407,8 @@ class Solver:
 
     # --------------------------------------------------------------- dependence
 
-    def _restrict_axis(self, axis: Axis, index: int, j: int) -> Axis:
+    def restrict(self, axis: Axis, index: int, j: int) -> Axis:
+        """What stands for an axis where the atom `index` is known to lie in its part `j`."""
         return tuple(p for a in self.resolve(axis) for p in self._restrict(a, index, j))
 
     def _restrict(self, atom: int, index: int, j: int) -> Axis:
@@ -419,7 +420,7 @@ class Solver:
         if index not in self.over(atom):
             return (atom,)
         if case is not None or atom in self._concat or self._fixed[atom]:
-            self._forget(atom, {index})
+            self.forget(atom, {index})
             return (atom,)
         pieces = [self.atom(self._size[atom]) for _ in self._concat[index]]
         self._cases[atom] = _Cases(index, pieces)
@@ -431,7 +432,7 @@ class Solver:
             self._over[piece[0]] = over - set(piece)
         return pieces[j]
 
-    def _forget(self, atom: int, indices: set[int]) -> None:
+    def forget(self, atom: int, indices: set[int]) -> None:
         """Ends the dependence of an atom (and of what it concatenates) on `indices`."""
         atom = self.find(atom)
         if self.over(atom) & indices:
@@ -443,7 +444,7 @@ class Solver:
                 self.unify(piece, (atom,))
         for part in self._concat.get(self.find(atom), ()):
             for a in self.resolve(part):
-                self._forget(a, indices)
+                self.forget(a, indices)
 
     def mix(self, axes: Sequence[Axis], dims: Iterable[int]) -> None:
         """Ends every dependence on the atoms of `dims`: an operator mixes along them."""
@@ -452,7 +453,7 @@ class Solver:
         mixed |= {a for m in tuple(mixed) for p in self._concat.get(m, ()) for a in self.resolve(p)}
         for i, axis in enumerate(axes):
             for a in self.resolve(axis):
-                self._forget(a, mixed if i not in dims else mixed - set(self.resolve(axis)))
+                self.forget(a, mixed if i not in dims else mixed - set(self.resolve(axis)))
 
     def point(self, at: Sequence[Axis], to: Axis) -> None:
         """Says that indices into `to` stand along the axes `at`: rows there know their `to`."""
@@ -483,7 +484,7 @@ class Solver:
         for a in resolved:
             extra = self.over(a) - allowed - set(resolved)
             if extra:
-                self._forget(a, extra)
+                self.forget(a, extra)
             for part in self._concat.get(self.find(a), ()):
                 self._keep_only(part, allowed | set(self.resolve(part)))
 
@@ -506,5 +507,5 @@ class Solver:
             return True
         extra = self.over(atom) - context
         if extra:
-            self._forget(atom, extra)
+            self.forget(atom, extra)
         return not self._over[self.find(atom)]

@@ -52,14 +52,15 @@ class Leaf:
         trail: Operators applied to it.
         inner: Units of the contraction inside a weight that is a product of parameters, laid along
             extra trailing dimensions.
-        partial: True after a reduction: stands for entries that it does not list.
+        whole: After a reduction, the coordinates before it; the leaf stands for entries that it
+            does not list.
     """
 
     param: int
     coords: tuple[Ids, ...]
     trail: str = ""
     inner: Ids | None = None
-    partial: bool = False
+    whole: tuple[Ids, ...] = ()
 
     def inside(self, rank: int) -> Ids:
         """The inner units, over a grid of `rank` dimensions and the extra ones."""
@@ -144,19 +145,46 @@ class Builder:
         axes = value.axes
         return axes is not None and any(self.solver.free(axes[d]) for d in dims)
 
+    def any_free(self, pools: Sequence[Sequence[Ids]]) -> bool:
+        """True if some of these units may be permuted."""
+        return any(
+            not self.sets.fixed[n]
+            for pool in pools
+            for t in pool
+            for n in np.unique(self.sets.each(np.maximum(t, 0)))
+        )
+
     # ------------------------------------------------------------------- blocks
 
     def place(self, leaf: Leaf, ends: tuple[Ids, ...], op: str, tag: str) -> None:
         """Blocks of one use of a parameter; the arrays of the ends are aligned with the leaf's."""
         tag = "|".join(x for x in (tag, leaf.trail) if x)
+        if leaf.whole:
+            self._place_reduced(leaf, ends[-1], op, tag)
+            return
         try:
             shapes = self._fit(leaf.coords, ends)
         except Lost:
             self.unknown.append(f"{op} of {self.names[leaf.param]}")
             return
         for shape in shapes:
-            again = leaf.partial or self.ledger.again(leaf.param, shape.window)
+            again = self.ledger.again(leaf.param, shape.window)
             self.blocks.append(block_of(shape, self.names[leaf.param], op, tag, again=again))
+
+    def _place_reduced(self, leaf: Leaf, target: Ids, op: str, tag: str) -> None:
+        """A parameter that was reduced: a feature of units of its own, which reach the target."""
+        shape = np.broadcast_shapes(*(c.shape for c in leaf.whole))
+        value = self.params[leaf.param]
+        dims = {
+            d
+            for k, c in enumerate(leaf.whole[1:])
+            for d in varying(c, c.ndim)
+            if self.free(value, [k])
+        }
+        units = self.new_units(shape, dims, "input", "reduced", not dims)
+        self.place(replace(leaf, whole=(), coords=leaf.whole), (units,), op, tag)
+        ends = np.unique(np.maximum(target, 0))
+        self.link(units.reshape(-1, 1), ends.reshape(1, -1), op, tag)
 
     def _fit(self, coords: tuple[Ids, ...], ends: tuple[Ids, ...]) -> list[Shape]:
         key = tuple(map(id, (*coords, None, *ends)))
@@ -354,8 +382,7 @@ class Builder:
             for t in tracks if i != done else ():
                 slot = str(i) if ordered else ""
                 self.link(t, target, op, "|".join(x for x in (slot, items[i][0].trail) if x))
-        fresh = linear and done >= 0 and items[done][0].fresh
-        return Units((target, *shared, *extra), "", fresh)
+        return Units((target, *shared, *extra), "", linear)
 
     def _absorb(self, items: Sequence[tuple[Units, bool]]) -> list[tuple[Units, bool]]:
         """Drops reductions over the very units that another operand has, as norms do."""

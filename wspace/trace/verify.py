@@ -104,12 +104,15 @@ class _Run:
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.module = module
         self.args, self.kwargs = args, kwargs
-        named = [*module.named_parameters(remove_duplicate=False), *persistent_float_buffers(module)]
+        named = [
+            *module.named_parameters(remove_duplicate=False),
+            *persistent_float_buffers(module),
+        ]
         self._live = {name: t.detach() for name, t in named}
         self.state = {name: t.clone() for name, t in self._live.items()}
 
     def randomize(self, generator: torch.Generator) -> None:
-        """Gives every constant tensor random entries: a permutation of a constant proves nothing."""
+        """Gives every constant tensor random entries; permuting a constant proves nothing."""
         _randomize(self._live, generator)
         self.state = {name: t.clone() for name, t in self._live.items()}
 
@@ -231,7 +234,15 @@ def _errors(
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """Largest relative difference between two lists of outputs; NaN counts as infinite."""
+    """Largest difference between two lists of outputs, relative to each output's largest entry.
+
+    Args:
+        before: Reference outputs.
+        after: Outputs to compare, of the same shapes.
+
+    Returns:
+        The difference; infinite where one is finite and the other is not.
+    """
     worst = 0.0
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape:
@@ -244,10 +255,10 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
         finite = torch.isfinite(a)
         if bool((torch.isfinite(b) != finite).any()):
             return float("inf")
-        a, b = a[finite], b[finite]
-        scale = float(a.abs().max()) if a.numel() else 0.0
-        gap = float((a - b).abs().max()) if a.numel() else 0.0
-        worst = max(worst, gap / scale if scale else gap)
+        if bool(finite.any()):
+            scale = float(a[finite].abs().max())
+            gap = float((a[finite] - b[finite]).abs().max())
+            worst = max(worst, gap / scale if scale else gap)
     return worst
 
 
@@ -263,6 +274,9 @@ def _controls(
     For each group (a spread of them, when there are many), the first parameter that it indexes is
     moved without its partners, or shifted along its whole axis if it has none; for a space without
     groups, every axis of the largest matrix is.
+
+    Returns:
+        Relative change of the output by what was moved.
     """
     out: dict[str, float] = {}
     groups = list(space.groups.values())

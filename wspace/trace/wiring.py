@@ -128,12 +128,10 @@ class _Walk:
         op = f"?{call.name}"
         sources = [t for s in states if isinstance(s, Units) for t in (*s.tracks, *s.kept)]
         for value in call.outs:
-            rank = len(value.shape)
-            fixed = not self.b.free(value, range(rank)[-1:])
-            try:
-                units = self.b.new_units(value.shape, set(range(rank)[-1:]), "hidden", op, fixed)
-            except Lost:
-                units = self.b.new_units(value.shape, set(), "hidden", op, True)
+            last = set(range(len(value.shape))[-1:])
+            if any(isinstance(s, Weight) for s in states) or value.shape[-1:] > (1 << 16,):
+                last = set()  # whatever it is, it has no axis that a weight's would have to match
+            units = self.b.new_units(value.shape, last, "hidden", op, not self.b.free(value, [*last]))
             for t in sources:
                 grid = (*np.unique(np.maximum(t, 0)).shape, 1)
                 self.b.link(np.unique(np.maximum(t, 0)).reshape(grid), units.reshape(1, -1), op, "")
@@ -196,6 +194,7 @@ class _Walk:
         operands = [
             (aligned(self.of(v), len(v.shape), rank), self.uses[id(v)] == 1) for v in values
         ]
+        operands = self._with_units(operands, values, out)
         units = [(s, single) for s, single in operands if isinstance(s, Units)]
         weights = [(i, s) for i, (s, _) in enumerate(operands) if isinstance(s, Weight)]
         if not units:
@@ -209,7 +208,8 @@ class _Walk:
                 if op not in _DROPPED:
                     result = replace(result, trail=extend(result.trail, label), fresh=False)
         else:
-            linear, ordered = op in _LINEAR, op not in _SYMMETRIC
+            linear = op in _LINEAR
+            ordered = op in ("sub", "rsub") or not (linear or op in _SYMMETRIC)
             result = self.b.join(units, out, label, linear=linear, ordered=ordered)
         for i, weight in weights:
             if not result.tracks:
@@ -218,6 +218,30 @@ class _Walk:
             trail = result.trail if units[0][0].trail != result.trail else units[0][0].trail
             self.b.feature(weight, result.tracks, rank, op, f"{slot}@{trail}" if trail else slot)
         return result
+
+    def _with_units(
+        self, operands: list[tuple[State, bool]], values: list[Value], out: Value
+    ) -> list[tuple[State, bool]]:
+        """Operands, weights made units if they bring an axis of interchangeable indices."""
+        rank = len(out.shape)
+        named = {
+            d for s, _ in operands if isinstance(s, Units) for t in (*s.tracks, *s.kept)
+            for d in varying(t, rank)
+        }  # fmt: skip
+        if not any(isinstance(s, Units) for s, _ in operands):
+            return operands
+        made: list[tuple[State, bool]] = []
+        for (s, single), value in zip(operands, values, strict=True):
+            shift = rank - len(value.shape)
+            if isinstance(s, Weight):
+                moves = {d for leaf in s.leaves for c in leaf.coords for d in varying(c, rank)}
+                new = {d for d in moves - named if self.b.free(value, [d - shift])}
+                if new and not any(leaf.inner is not None for leaf in s.leaves):
+                    units = self.b.new_units(out.shape, moves, "input", "weight", False)
+                    self.b.feature(s, (units,), rank, "learned", "learned")
+                    s = Units((units,))
+            made.append((s, single))
+        return made
 
     def _on_input(
         self, weights: list[tuple[int, Weight]], values: list[Value], out: Value, op: str
@@ -242,6 +266,9 @@ class _Walk:
         bound = arguments(call)
         x = call.ins[0]
         rank = len(x.shape)
+        known = [s for v in call.ins if (s := self.of(v)) is not None]
+        if all(isinstance(s, Weight) for s in known) and isinstance(self.of(x), Weight):
+            return [_blend([s for s in known if isinstance(s, Weight)], _label(call))]
         state = self._units(x, {1} if call.name in _BATCH_NORMS else {rank - 1}, call)
         if call.name in _BATCH_NORMS:
             slots = [bound.get(n) for n in ("weight", "bias", "running_mean", "running_var")]
@@ -287,6 +314,10 @@ class _Walk:
             moved = {dims_of(arguments(call).get("dim", -1), rank)[0]}
             chosen = self.b.reduce(state, x, rank, moved, _label(call))
             return [chosen for _ in call.outs]
+        if call.name.startswith("_fft") and isinstance(state, Units):
+            mixed = {d % rank for d in arguments(call)["dim"]}
+            if any(varying(a, rank) & mixed for a in arrays):
+                return [self.b.reduce(state, x, rank, mixed, _label(call))]
         for a in arrays:
             if any(x.shape[d] != out.shape[d] for d in varying(a, rank)):
                 raise Lost
@@ -310,7 +341,8 @@ class _Walk:
                     leaf,
                     coords=tuple(_drop(c, dims, gone) for c in leaf.coords),
                     trail=extend(leaf.trail, name),
-                    partial=leaf.partial or any(varying(c, rank) & dims for c in leaf.coords),
+whole=leaf.whole
+                    or (leaf.coords if any(varying(c, rank) & dims for c in leaf.coords) else ()),
                 )
                 for leaf in state.leaves
             )
@@ -440,6 +472,8 @@ def _label(call: Call) -> str:
         and not isinstance(x, bool)
         or (isinstance(x, list | tuple) and x and all(isinstance(y, int) for y in x))
     ]
+    if call.name in ("eq", "ne", "index_add"):  # numbers of experts, in no particular order
+        return call.name
     return call.name.strip("_") + (f"({','.join(numbers)})" if numbers else "")
 
 
@@ -449,7 +483,7 @@ def _blend(weights: list[Weight], op: str) -> Weight:
     for w in weights:
         for leaf in w.leaves:
             old = leaves.get(leaf.param)
-            if old is None or (old.partial and not leaf.partial):
+            if old is None or (old.whole and not leaf.whole):
                 leaves[leaf.param] = replace(leaf, trail=extend(leaf.trail, op))
     return Weight(tuple(leaves.values()))
 
@@ -479,16 +513,40 @@ def _cat_weights(states: list[State], sizes: list[int], d: int, rank: int) -> We
 
 
 def _leftovers(b: Builder) -> None:
-    """What no block holds becomes a feature of the global unit."""
+    """What no block holds becomes a feature of the global unit, or of units of its own."""
     for i, value in enumerate(b.params):
+        rank = len(value.shape)
         for window in b.ledger.rest(i):
-            coords = [np.zeros((1,) * len(value.shape), np.int64)]
+            coords = [np.zeros((1,) * rank, np.int64)]
             for k, w in enumerate(window):
                 shape = [-1 if j == k else 1 for j in range(len(window))]
                 coords.append(np.arange(*w).reshape(shape))
-            zero = np.zeros((1,) * len(value.shape), np.int64)
-            for shape in fit(b.sets, coords, (zero,)):
+            sizes = [len(range(*w)) for w in window]
+            ends = [
+                b.new_units(sizes, dims, "hidden", "rest", False) for dims in _free_parts(b, value)
+            ]
+            for shape in fit(b.sets, coords, ends or [np.zeros((1,) * rank, np.int64)]):
                 b.blocks.append(block_of(shape, b.names[i], "global", "rest"))
+
+
+def _free_parts(b: Builder, value: Value) -> list[set[int]]:
+    """Dimensions that may be permuted, those that depend on each other together; at most two sets."""
+    s = b.solver
+    dims = [d for d in range(len(value.shape)) if value.shape[d] > 1 and b.free(value, [d])]
+    atoms = {d: set(s.resolve(value.axes[d])) for d in dims}
+    parts: list[set[int]] = []
+    for d in dims:
+        near = {
+            e
+            for e in dims
+            if any(s.over(x) & atoms[e] for x in atoms[d])
+            or any(s.over(x) & atoms[d] for x in atoms[e])
+        }
+        touching = [p for p in parts if p & near]
+        parts = [p for p in parts if not p & near] + [set().union({d}, *touching)]
+    if len(parts) > 2:
+        parts = [parts[0], set().union(*parts[1:])]
+    return parts
 
 
 def _finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
