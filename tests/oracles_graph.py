@@ -27,7 +27,9 @@ def rows(graph: ParameterGraph) -> Iterator[Row]:
             source = (s.source(i) + s.offsets[b.source.nodes]).expand(sizes).reshape(-1).tolist()
         values = [None] * len(target) if b.structural else graph.block(i).reshape(-1).tolist()
         loops = [k for k, role in enumerate(b.roles) if role == "feature"]
-        grid = torch.cartesian_prod(*(torch.arange(n) for n in sizes)) if sizes else torch.zeros(1, 0)
+        grid = (
+            torch.cartesian_prod(*(torch.arange(n) for n in sizes)) if sizes else torch.zeros(1, 0)
+        )
         grid = grid.reshape(len(target), -1)[:, loops].tolist()
         label = f"{b.op}|{b.tag}|{b.again}"
         yield from zip(source, target, [label] * len(target), map(tuple, grid), values, strict=True)
@@ -43,7 +45,9 @@ def assert_each_entry_once(graph: ParameterGraph) -> None:
             view = window(count, b)
             view[(..., *[0] * sum(d < 0 for d in b.of))] += 1
         wrong = (count != 1).nonzero()
-        assert not len(wrong), f"{p.name}: {len(wrong)} entries not held once, first {wrong[0].tolist()}"
+        assert not len(wrong), (
+            f"{p.name}: {len(wrong)} entries not held once, first {wrong[0].tolist()}"
+        )
 
 
 def relabelling(one: ParameterGraph, two: ParameterGraph) -> dict[int, int]:
@@ -107,7 +111,9 @@ def _assert_structure(
         for a, b, label, _, value in mine
         if value is None and a in names and b in names
     )
-    assert not here - there, f"structural entries {list((here - there))[:3]} are not in the other graph"
+    assert not here - there, (
+        f"structural entries {list((here - there))[:3]} are not in the other graph"
+    )
 
 
 def fingerprint(graph: ParameterGraph, rounds: int = 6) -> str:

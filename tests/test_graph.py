@@ -264,7 +264,8 @@ def _mlp(act: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "act", [nn.Tanh(), nn.Identity(), nn.LeakyReLU(0.2), nn.LeakyReLU(0.1), nn.GELU("tanh"), nn.GELU()]
+    "act",
+    [nn.Tanh(), nn.Identity(), nn.LeakyReLU(0.2), nn.LeakyReLU(0.1), nn.GELU("tanh"), nn.GELU()],
 )
 def test_activation_is_seen(act: nn.Module) -> None:
     module = _mlp(nn.ReLU())
@@ -337,7 +338,9 @@ def test_blocks_are_views_with_batch_axes() -> None:
         if not b.structural:
             view = graph.block(i)
             assert tuple(view.shape) == (2, *b.sizes)
-            assert view.untyped_storage().data_ptr() == batched[b.param].untyped_storage().data_ptr()
+            assert (
+                view.untyped_storage().data_ptr() == batched[b.param].untyped_storage().data_ptr()
+            )
     assert all(x is batched[k] for k, x in decode(graph).items())
 
 
@@ -371,7 +374,9 @@ def test_wrong_states_are_refused() -> None:
 # ------------------------------------------------------------------------ other forms
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "attention_gqa", "mlp_batchnorm", "language_model_tied"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "lenet", "attention_gqa", "mlp_batchnorm", "language_model_tied"]
+)
 @pytest.mark.parametrize("hetero", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_pyg_round_trip(name: str, hetero: bool) -> None:
@@ -414,7 +419,12 @@ def test_store_round_trip(name: str, dtype: torch.dtype, tmp_path) -> None:
     assert all(torch.equal(x, again[k]) and x.dtype == again[k].dtype for k, x in state.items())
     assert all(again[t] is again[p.name] for p in space.params for t in p.ties)
     content = path.read_bytes()
-    for damaged in (content[:-3], content[: len(content) // 2], b"", content.replace(b'\\"format\\"', b'\\"farmot\\"')):
+    for damaged in (
+        content[:-3],
+        content[: len(content) // 2],
+        b"",
+        content.replace(b'\\"format\\"', b'\\"farmot\\"'),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="graph.safetensors"):
             load_graph(path)

@@ -102,7 +102,9 @@ class Wiring:
     def to_data(self) -> dict[str, Any]:
         """The wiring as lists and numbers, for JSON."""
         return {
-            "nodes": [[n.size, n.kind, n.op, n.depth, n.fixed, n.acts, n.groups] for n in self.nodes],
+            "nodes": [
+                [n.size, n.kind, n.op, n.depth, n.fixed, n.acts, n.groups] for n in self.nodes
+            ],
             "blocks": [
                 [
                     *(b.param, b.op, _ends_to(b.source), _ends_to(b.target), b.window),
@@ -134,7 +136,9 @@ class Wiring:
                     *(_ends_from(target), tuple((w[0], w[1], w[2]) for w in window)),
                     *(tuple(sizes), tuple(of), tuple(roles), tag, again),
                 )
-                for param, op, source, target, window, sizes, of, roles, tag, again in data["blocks"]
+                for param, op, source, target, window, sizes, of, roles, tag, again in data[
+                    "blocks"
+                ]
             ),
             unknown=tuple(data["unknown"]),
         )

@@ -43,9 +43,7 @@ def to_pyg(graph: ParameterGraph, *, hetero: bool = False) -> Any:
     if hetero:
         return _hetero(graph, HeteroData())
     s = graph.structure
-    nodes = [
-        torch.full((n.size,), i) for i, n in enumerate(s.nodes)
-    ]
+    nodes = [torch.full((n.size,), i) for i, n in enumerate(s.nodes)]
     edges = [_entries(graph, i) for i, b in enumerate(s.blocks) if b.source is not None]
     features = [_entries(graph, i) for i, b in enumerate(s.blocks) if b.source is None]
     sets = torch.cat(nodes)
@@ -93,7 +91,9 @@ def _codes(data: Any, prefix: str) -> Tensor:
     value = value if value.is_floating_point() else value.float()
     block, feature = data[f"{prefix}_block"], data[f"{prefix}_feature"]
     flags = data[f"{prefix}_structural"]
-    return torch.cat([value[:, None], block[:, None].to(value), feature.to(value), flags[:, None].to(value)], 1)
+    return torch.cat(
+        [value[:, None], block[:, None].to(value), feature.to(value), flags[:, None].to(value)], 1
+    )
 
 
 def _node_features(graph: ParameterGraph, data: Any) -> Tensor:

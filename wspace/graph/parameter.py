@@ -244,10 +244,6 @@ def decode(graph: ParameterGraph) -> dict[str, Tensor]:
     Returns:
         Tensors by name, those of the graph; tied names share one tensor.
     """
-    state = {
-        name: graph.values[p.name] for p in graph.space.params for name in (p.name, *p.ties)
-    }
+    state = {name: graph.values[p.name] for p in graph.space.params for name in (p.name, *p.ties)}
     state.update(graph.rest)
     return state
-
-

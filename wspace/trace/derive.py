@@ -118,16 +118,18 @@ class Naming:
                     return False
                 if not all(self._match(p, q, pairs, outside) for p, q in zip(x, y, strict=True)):
                     return False
-            elif not self._same_kind(x, y):
-                return False
-            elif not self._is_fixed(x) and (
-                (x != y and (x in outside or y in outside)) or pairs.setdefault(x, y) != y
-            ):
+            elif not self._correspond(x, y, pairs, outside):
                 return False
         return True
 
-    def _same_kind(self, x: int, y: int) -> bool:
-        return self._is_fixed(x) == self._is_fixed(y) and self.s.size((x,)) == self.s.size((y,))
+    def _correspond(self, x: int, y: int, pairs: dict[int, int], outside: set[int]) -> bool:
+        """True if an atom of the first branch may stand for one of another branch."""
+        if self._is_fixed(x) != self._is_fixed(y) or self.s.size((x,)) != self.s.size((y,)):
+            return False
+        if self._is_fixed(x):
+            return True
+        private = x == y or not (x in outside or y in outside)
+        return private and pairs.setdefault(x, y) == y
 
     def _commit(self, family: Family, index: int, alias: dict[int, int]) -> None:
         self.over.setdefault(index, [])

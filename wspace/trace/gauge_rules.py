@@ -13,21 +13,9 @@ from wspace.trace.derive import Tree, atoms_of
 from wspace.trace.exponents import Equations, Row, Shift
 from wspace.trace.rules import arguments, dims_of
 
-_HOMOGENEOUS = frozenset(
-    """
-    relu leaky_relu _prelu_kernel
-    """.split()
-)
-_ODD = frozenset(
-    """
-    tanh sin erf asinh atan sinh hardtanh_symmetric sign round
-    """.split()
-)
-_EVEN = frozenset(
-    """
-    abs cos cosh
-    """.split()
-)
+_HOMOGENEOUS = frozenset("relu leaky_relu _prelu_kernel".split())
+_ODD = frozenset("tanh sin erf asinh atan sinh hardtanh_symmetric sign round".split())
+_EVEN = frozenset("abs cos cosh".split())
 _LINEAR = frozenset(
     """
     neg clone detach alias _to_copy lift_fresh contiguous native_dropout positive
@@ -40,11 +28,7 @@ _VIEWS = frozenset(
     native_channel_shuffle as_strided
     """.split()
 )
-_SUMS = frozenset(
-    """
-    add sub where copy lerp maximum minimum rsub
-    """.split()
-)
+_SUMS = frozenset("add sub where copy lerp maximum minimum rsub".split())
 _POOLS = frozenset(
     """
     avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
@@ -101,17 +85,16 @@ def _phase(p: Equations, call: Call, rows: list[Row]) -> list[Row]:
         return rows
     value, omega = call.ins[0], 1.0
     while (maker := p.makers.get(id(value))) is not None and p.uses[id(value)] == 1:
-        scalar = maker.args[1] if len(maker.args) > 1 else None
+        bound = arguments(maker)
+        scalar = bound.get("other")
         if maker.name == "mul" and isinstance(scalar, int | float) and scalar:
             omega *= float(scalar)
-            value = maker.args[0]
-        elif (
+        elif not (
             maker.name in ("view", "_unsafe_view")
-            and maker.outs[0].shape[-1] == (maker.ins[0].shape[-1])
+            and maker.outs[0].shape[-1] == maker.ins[0].shape[-1]
         ):
-            value = maker.args[0]
-        else:
             break
+        value = bound["self"]
     bias = _bias_of(p, maker, value) if maker is not None else None
     if bias is None or p.uses[id(value)] != 1:
         return rows
@@ -243,7 +226,7 @@ def _convolution(p: Equations, call: Call) -> list[list[Row]]:
     if bound["groups"] == 1:
         p.oppose(x[1], source)
     elif bound["groups"] == bound["input"].shape[1] and len(x[1]) == len(target) == 1:
-        target = [p.system.combine([(x[1][0], 1), (target[0], 1)])]  # depthwise
+        target = _added(p, x[1], target)  # depthwise
     else:
         p.kill([x[1], source])
         if bound["transposed"]:
@@ -316,7 +299,8 @@ def _view(p: Equations, call: Call) -> list[list[Row]]:
             i, j = (call.args[1], call.args[2]) if name == "transpose" else (0, -1)
             order[i], order[j] = order[j], order[i]
         return [[rows[d] for d in order]]
-    flat = [(e, a) for r, ax in zip(rows, x.axes, strict=True) for e, a in zip(r, p.leaves(ax))]
+    atoms = [a for axis in x.axes for a in p.leaves(axis)]
+    flat = list(zip([e for row in rows for e in row], atoms, strict=True))
     made: list[Row] = []
     position = 0
     for axis in out.axes:

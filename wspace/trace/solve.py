@@ -17,7 +17,7 @@ channel groups are the same. Dependence starts as large as possible and shrinks:
 - unified atoms keep what they have in common.
 
 When ``h`` is cut into parts, the piece of ``d`` under each part becomes an atom of its own
-(`_restrict`), which is how ``view(3, h, d).unbind(0)`` gives q, k and v a freedom each.
+(`restrict`), which is how ``view(3, h, d).unbind(0)`` gives q, k and v a freedom each.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,6 +26,8 @@ from itertools import pairwise
 from math import prod
 
 Axis = tuple[int, ...]
+Taken = tuple[Axis, list[tuple[int, int]]] | None
+"""Part of an axis and the parts of which atoms it lies in; None if no cut gives it."""
 
 
 @dataclass(slots=True)
@@ -320,7 +322,7 @@ class Solver:
                     axes[i] = self.restrict(axes[i], index, j)
         return axes
 
-    def _take(self, axis: Axis, start: int, stop: int) -> tuple[Axis, list[tuple[int, int]]] | None:
+    def _take(self, axis: Axis, start: int, stop: int) -> Taken:
         """Indices ``start:stop`` of an axis, and the parts of which atoms they lie in."""
         axis = self.resolve(axis)
         if not axis or (start, stop) == (0, self.size(axis)):
@@ -343,9 +345,7 @@ class Solver:
             return self._take(axis, start, stop)  # the cut may have merged or refined others
         return self._take_parts(lead, rest, start // step, stop // step)
 
-    def _take_ragged(
-        self, axis: Axis, start: int, stop: int, step: int
-    ) -> tuple[Axis, list[tuple[int, int]]] | None:
+    def _take_ragged(self, axis: Axis, start: int, stop: int, step: int) -> Taken:
         """Indices whose ends lie inside an index of the leading factor, cut at those."""
         inner = {c for c in (-(-start // step) * step, stop // step * step) if start < c < stop}
         pieces = []
@@ -374,9 +374,7 @@ class Solver:
                 for piece in case.pieces:
                     self.freeze(piece)
 
-    def _take_parts(
-        self, lead: int, rest: Axis, start: int, stop: int
-    ) -> tuple[Axis, list[tuple[int, int]]] | None:
+    def _take_parts(self, lead: int, rest: Axis, start: int, stop: int) -> Taken:
         cuts = self._cuts(lead)
         for j, (a, b) in enumerate(pairwise(cuts)):
             if a <= start and stop <= b:

@@ -69,8 +69,9 @@ def verify(
     """Proves on real weights, in float64, that the group of `space` preserves the function.
 
     A float64 copy of the module is run with its state moved by random group elements: all groups
-    at once, then each alone (an even spread of 40 of them, where there are more). Constant tensors (zero-initialised heads, fresh norm statistics) are
-    first replaced by random ones in the copy, since any permutation of a constant "passes".
+    at once, then each alone (an even spread of 40 of them, where there are more). Constant tensors
+    (zero-initialised heads, fresh norm statistics) are first replaced by random ones in the copy,
+    since any permutation of a constant "passes".
     *Negative controls*, permutations outside the group, must change the output. The module itself,
     its mode, hooks and the random state are not touched.
 

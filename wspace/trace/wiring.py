@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from wspace.space import Axis
 from wspace.trace.capture import Call, Program, Value
 from wspace.trace.connect import CONTRACTIONS, look_up
 from wspace.trace.derive import Naming
-from wspace.trace.places import Lost, block_of, fit
+from wspace.trace.finish import finish, leftovers
+from wspace.trace.places import Lost
 from wspace.trace.rules import arguments, dims_of
 from wspace.trace.solve import Solver
 from wspace.trace.units import (
@@ -31,7 +31,7 @@ from wspace.trace.units import (
     varying,
 )
 from wspace.trace.unitviews import Ids, slices, views
-from wspace.wiring import Block, NodeSet, Wiring
+from wspace.wiring import Wiring
 
 _LINEAR = frozenset("add sub rsub copy index_put index_add scatter_add slice_scatter "
                     "select_scatter index_copy scatter addcmul".split())  # fmt: skip
@@ -84,8 +84,8 @@ def wire(program: Program, solver: Solver, naming: Naming) -> Wiring:
     for call in program.calls:
         walk.step(call)
     outputs = walk.outputs(program.outputs)
-    _leftovers(builder)
-    return _finish(builder, outputs, naming)
+    leftovers(builder)
+    return finish(builder, outputs, naming)
 
 
 class _Walk:
@@ -126,12 +126,19 @@ class _Walk:
         """Fresh units where nothing is known of an operator."""
         self.b.unknown.append(call.name)
         op = f"?{call.name}"
-        sources = [t for s in states if isinstance(s, Units) for t in (*s.tracks, *s.kept)]
+        sources = [
+            t
+            for s, v in zip(states, call.ins, strict=True)
+            if isinstance(s, Units)
+            for t in self.b.realise(s, len(v.shape)).tracks
+        ]
         for value in call.outs:
             last = set(range(len(value.shape))[-1:])
             if any(isinstance(s, Weight) for s in states) or value.shape[-1:] > (1 << 16,):
                 last = set()  # whatever it is, it has no axis that a weight's would have to match
-            units = self.b.new_units(value.shape, last, "hidden", op, not self.b.free(value, [*last]))
+            units = self.b.new_units(
+                value.shape, last, "hidden", op, not self.b.free(value, [*last])
+            )
             for t in sources:
                 grid = (*np.unique(np.maximum(t, 0)).shape, 1)
                 self.b.link(np.unique(np.maximum(t, 0)).reshape(grid), units.reshape(1, -1), op, "")
@@ -341,7 +348,7 @@ class _Walk:
                     leaf,
                     coords=tuple(_drop(c, dims, gone) for c in leaf.coords),
                     trail=extend(leaf.trail, name),
-whole=leaf.whole
+                    whole=leaf.whole
                     or (leaf.coords if any(varying(c, rank) & dims for c in leaf.coords) else ()),
                 )
                 for leaf in state.leaves
@@ -507,121 +514,3 @@ def _cat_weights(states: list[State], sizes: list[int], d: int, rank: int) -> We
             leaves.append(replace(leaf, coords=tuple(coords)))
         start += n
     return Weight(tuple(leaves))
-
-
-# ---------------------------------------------------------------------- finishing
-
-
-def _leftovers(b: Builder) -> None:
-    """What no block holds becomes a feature of the global unit, or of units of its own."""
-    for i, value in enumerate(b.params):
-        rank = len(value.shape)
-        for window in b.ledger.rest(i):
-            coords = [np.zeros((1,) * rank, np.int64)]
-            for k, w in enumerate(window):
-                shape = [-1 if j == k else 1 for j in range(len(window))]
-                coords.append(np.arange(*w).reshape(shape))
-            sizes = [len(range(*w)) for w in window]
-            ends = [
-                b.new_units(sizes, dims, "hidden", "rest", False) for dims in _free_parts(b, value)
-            ]
-            for shape in fit(b.sets, coords, ends or [np.zeros((1,) * rank, np.int64)]):
-                b.blocks.append(block_of(shape, b.names[i], "global", "rest"))
-
-
-def _free_parts(b: Builder, value: Value) -> list[set[int]]:
-    """Dimensions that may be permuted, those that depend on each other together; at most two sets."""
-    s = b.solver
-    dims = [d for d in range(len(value.shape)) if value.shape[d] > 1 and b.free(value, [d])]
-    atoms = {d: set(s.resolve(value.axes[d])) for d in dims}
-    parts: list[set[int]] = []
-    for d in dims:
-        near = {
-            e
-            for e in dims
-            if any(s.over(x) & atoms[e] for x in atoms[d])
-            or any(s.over(x) & atoms[d] for x in atoms[e])
-        }
-        touching = [p for p in parts if p & near]
-        parts = [p for p in parts if not p & near] + [set().union({d}, *touching)]
-    if len(parts) > 2:
-        parts = [parts[0], set().union(*parts[1:])]
-    return parts
-
-
-def _finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
-    """Blocks with occurrences told apart, node sets with what their blocks say about them."""
-    used = {0} | outputs
-    for block in b.blocks:
-        used |= {e.nodes for e in (block.source, block.target) if e is not None}
-    number = {old: new for new, old in enumerate(sorted(used))}
-    depth, acts = dict.fromkeys(number, 0), {old: dict[str, None]() for old in number}
-    groups: dict[int, dict[str, None]] = {old: {} for old in number}
-    axes = {v.names[0]: [naming.axis(t) for t in naming.trees[id(v)]] for v in b.params}
-    blocks: list[Block] = []
-    seen: Counter[tuple[object, ...]] = Counter()
-    for block in b.blocks:
-        if block.source is None:
-            key = (
-                block.target.nodes,
-                block.op,
-                block.tag,
-                block.window if block.structural else (),
-            )
-            seen[key] += 1
-            if seen[key] > 1 and not _same_use(block, blocks):
-                block = replace(block, tag=f"{block.tag}#{seen[key]}")
-        else:
-            source, target = block.source.nodes, block.target.nodes
-            depth[target] = max(depth[target], depth[source] + 1)
-            acts[source].update(dict.fromkeys(_acts(block.tag)))
-        _note_groups(groups, block, axes)
-        blocks.append(block)
-    nodes = tuple(
-        NodeSet(
-            b.sets.sizes[old],
-            "output" if old in outputs and old else b.sets.kinds[old],
-            b.sets.ops[old],
-            depth[old],
-            b.sets.fixed[old],
-            tuple(acts[old]),
-            tuple(groups[old]),
-        )
-        for old in number
-    )
-    return Wiring(
-        nodes, tuple(_renumber(x, number) for x in blocks), tuple(dict.fromkeys(b.unknown))
-    )
-
-
-def _same_use(block: Block, blocks: list[Block]) -> bool:
-    """True if the last block is another piece of the same use."""
-    last = blocks[-1] if blocks else None
-    return last is not None and (last.param, last.op) == (block.param, block.op)
-
-
-def _acts(tag: str) -> list[str]:
-    trail = tag.split("|")[-1] if "|" in tag or "=" not in tag else ""
-    return [x for x in trail.split(";") if x and not x.isdigit()]
-
-
-def _note_groups(
-    groups: dict[int, dict[str, None]], block: Block, axes: dict[str, list[Axis]]
-) -> None:
-    for ends in (block.source, block.target):
-        if ends is None or block.structural:
-            continue
-        for loop in ends.loops:
-            k = block.of[loop]
-            if k >= 0:
-                names = (g.name for g in axes[block.param][k].groups() if not g.fixed)
-                groups[ends.nodes].update(dict.fromkeys(names))
-
-
-def _renumber(block: Block, number: dict[int, int]) -> Block:
-    ends = [
-        None if e is None else replace(e, nodes=number[e.nodes])
-        for e in (block.source, block.target)
-    ]
-    assert ends[1] is not None
-    return replace(block, source=ends[0], target=ends[1])

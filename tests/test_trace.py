@@ -1,0 +1,610 @@
+"""What `trace` accepts, refuses and falls back to; and modules written in unusual ways."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases_mlp import ControlFlow, mlp
+from oracles import disagreements
+from test_laws import changes, observed
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+import wspace
+from wspace.errors import TraceError, UnknownOp
+from wspace.space import Role, WeightSpace
+from wspace.trace import rules
+
+X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Two layers around a function of the hidden units."""
+
+    def __init__(self, between: Callable[..., Tensor], hidden: int = 12, out: int = 12) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, hidden), nn.Linear(out, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.between(self.one(x)))
+
+
+def proved(module: nn.Module, *args: object, **kwargs: object) -> WeightSpace:
+    """The space of a module, traced without a change to it and verified."""
+    before = observed(module, args, kwargs)
+    space = wspace.trace(module, args, kwargs)
+    assert changes(before, observed(module, args, kwargs)) == []
+    assert wspace.verify(space, module, args, kwargs).ok
+    return space
+
+
+def is_plain(space: WeightSpace, hidden: str = "h", out: str = "h") -> bool:
+    """True if a `Net` has the symmetry of a plain network."""
+    want = {"one.weight": f"{hidden},5!", "one.bias": hidden, "two.weight": f"3!,{out}"}
+    return not disagreements(space, want | {"two.bias": "3!"})
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+def test_a_module_without_parameters() -> None:
+    with pytest.raises(TraceError, match="trace: Softmax has no parameters"):
+        wspace.trace(nn.Softmax(-1), X)
+
+
+def test_a_forward_that_fails() -> None:
+    with pytest.raises(TraceError, match="Sequential failed on the example inputs") as caught:
+        wspace.trace(mlp(5, 12, 3), torch.zeros(1, 6))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "shapes" in str(caught.value)
+
+
+def test_the_users_own_error_is_the_cause() -> None:
+    def fail(h: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(TraceError, match="KeyError: 'mine'") as caught:
+        wspace.trace(Net(fail), X)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_failing_forward_changes_nothing() -> None:
+    module = nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(13, 3))
+    before = observed(module, (X,), {})
+    with pytest.raises(TraceError, match="failed on the example inputs"):
+        wspace.trace(module, X)
+    assert changes(before, observed(module, (X,), {})) == []
+
+
+def test_control_flow_on_weights_needs_weights() -> None:
+    with pytest.raises(TraceError, match="could not be run without its weights") as caught:
+        wspace.trace(ControlFlow().to("meta"), X)
+    assert "real weights" in str(caught.value)
+
+
+def test_control_flow_on_weights_is_run_for_real() -> None:
+    space = proved(ControlFlow(), X)
+    assert space.capture == "concrete"
+    assert "concrete capture" in str(space)
+
+
+def test_control_flow_on_inputs_is_abstract() -> None:
+    module = Net(lambda h: h.relu())
+    module.register_forward_pre_hook(lambda m, a: (a[0] if a[0].sum() > 0 else -a[0],))
+    space = proved(module, X)
+    assert space.capture == "abstract"
+    assert is_plain(space)
+
+
+def test_meta_inputs_are_refused() -> None:
+    with pytest.raises(TraceError, match="real tensors"):
+        wspace.trace(mlp(5, 12, 3), X.to("meta"))
+
+
+# ---------------------------------------------------------------------- unknown operators
+
+
+@pytest.fixture(scope="module")
+def opaque_op() -> Iterator[Callable[[Tensor], Tensor]]:
+    """An operator that torch cannot take apart: it reverses the last axis."""
+    with torch.library._scoped_library("wspace_test", "FRAGMENT") as library:
+        library.define("reverse(Tensor x) -> Tensor")
+        library.impl("reverse", lambda x: x.flip(-1), "CPU")
+        library.impl("reverse", lambda x: torch.empty_like(x), "Meta")
+        yield torch.ops.wspace_test.reverse
+
+
+def test_an_unknown_operator_is_frozen_and_listed(opaque_op: Callable[[Tensor], Tensor]) -> None:
+    module = nn.Sequential(
+        nn.Linear(5, 7), nn.ReLU(), Net(opaque_op, 12, 12), nn.ReLU(), nn.Linear(3, 2)
+    )
+    module[2].one = nn.Linear(7, 12)
+    space = proved(module, X)
+    assert [op.op for op in space.opaque] == ["wspace_test.reverse.default"]
+    assert space.opaque[0].source.startswith("test_trace.py:")
+    assert "Net.forward" in space.opaque[0].source
+    assert {g.size for g in space.groups.values()} == {7, 3}  # lost, but only there
+    assert "1 opaque" in space.summary()
+    assert f"frozen by {space.opaque[0].op}" in str(space)
+
+
+def test_an_unknown_operator_may_raise(opaque_op: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnknownOp, match=r"no rule for wspace_test\.reverse(.|\n)*test_trace\.py"):
+        wspace.trace(Net(opaque_op), X, on_unknown="raise")
+    assert wspace.trace(Net(torch.relu), X, on_unknown="raise").opaque == ()
+
+
+def test_a_composite_operator_is_taken_apart() -> None:
+    with torch.library._scoped_library("wspace_test", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x.relu() + x.tanh(), "CompositeImplicitAutograd")
+        space = proved(Net(torch.ops.wspace_test.twice), X)
+    assert space.opaque == ()
+    assert is_plain(space)
+
+
+def test_a_rule_that_fails_is_not_a_missing_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(s: object, self: object) -> None:
+        raise ZeroDivisionError("the rule is wrong")
+
+    assert "permute" in rules.RULES
+    monkeypatch.setitem(rules.RULES, "permute", broken)
+    monkeypatch.setitem(rules._SIGNATURES, "permute", ("self",))
+    with pytest.raises(ZeroDivisionError, match="the rule is wrong"):
+        wspace.trace(Net(lambda h: h.permute(1, 0).permute(1, 0)), X)
+
+
+def test_a_rule_of_the_wrong_shape_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.RULES, "permute", lambda s, self: list(self.axes))
+    monkeypatch.setitem(rules._SIGNATURES, "permute", ("self",))
+    with pytest.raises(AssertionError, match="rule of aten.permute"):
+        wspace.trace(Net(lambda h: h.permute(1, 0).permute(1, 0)), X)
+
+
+# -------------------------------------------------------------- modules in unusual clothes
+
+
+def written(h: Tensor) -> Tensor:
+    """A buffer filled in two pieces, through views."""
+    buffer = torch.zeros(h.shape[0], 2, h.shape[1], dtype=h.dtype)
+    buffer[:, 0] = h
+    buffer[:, 1].copy_(h.tanh())
+    return buffer.sum(1)
+
+
+def view_then_change(h: Tensor) -> Tensor:
+    view = h.view(4, 3, 4)
+    h.mul_(2)  # seen through the view
+    return view.relu().flatten(1)
+
+
+def half_in_place(h: Tensor) -> Tensor:
+    """Four of twelve units are changed in place: they are apart from the others."""
+    h[:, :4] += 1
+    return h.relu()
+
+
+def swapped_in_place(h: Tensor) -> Tensor:
+    """The first half is overwritten by the second."""
+    h[:, :6] = h[:, 6:]
+    return h.relu()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: h.relu_().mul_(2).add_(h),
+        lambda h: F.relu(h, inplace=True),
+        lambda h: torch.nn.functional.dropout(h, 0.5, training=False).clamp_(-1, 1),
+        lambda h: h.data.tanh(),
+        lambda h: h.detach().clone().relu_(),
+        lambda h: torch.where(h > 0, h, torch.zeros_like(h)),
+        lambda h: h.masked_fill(h < 0, 0.0),
+        lambda h: torch.stack([h, h.tanh()], 0).mean(0),
+        lambda h: torch.view_as_real(torch.complex(h, h.tanh()) * (1 + 2j)).sum(-1),
+        lambda h: torch.polar(h.abs(), h).real,
+        lambda h: (h[..., None] * h[:, None]).sum(-1).relu(),
+        lambda h: h.unflatten(1, (3, 4)).flatten(1).sigmoid(),
+        lambda h: torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=False),
+        lambda h: torch.vmap(torch.tanh)(h),
+        lambda h: h.new_tensor(2.0) * h.softmax(-1),
+        lambda h: h.to(torch.float64).sin().to(h.dtype),
+        written,
+        view_then_change,
+    ],
+    ids=[
+        "in place", "inplace relu", "clamp_", "data", "detach", "where", "masked_fill", "stack",
+        "complex", "polar", "outer", "views", "checkpoint", "vmap", "new_tensor", "cast",
+        "written through views", "view then change",
+    ],
+)  # fmt: skip
+def test_the_hidden_units_stay_free(between: Callable[[Tensor], Tensor]) -> None:
+    space = proved(Net(between), X)
+    assert space.capture == "abstract"
+    assert all(g.size in (12, 3, 4) for g in space.groups.values())
+    assert space.coverage > 0.9
+
+
+def test_an_in_place_change_of_some_units_sets_them_apart() -> None:
+    """Sound whatever it finds: no unit of the four may change places with one of the others."""
+    space = proved(Net(half_in_place), X)
+    assert all(g.size in (4, 8) for g in space.groups.values())
+
+
+def test_units_that_are_overwritten() -> None:
+    space = proved(Net(swapped_in_place), X)
+    assert all(g.size == 6 for g in space.groups.values())
+
+
+class Plain(nn.Module):
+    """Parameters in lists and dicts, a tensor that is no buffer, and one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(5, 12), torch.randn(12, 3)])
+        self.named = nn.ParameterDict({"bias": nn.Parameter(torch.randn(12))})
+        self.mask = torch.ones(12)  # not registered
+        self.index = torch.arange(4)
+        self.register_buffer("shift", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x[self.index] @ self.weights[0] + self.named["bias"]) * self.mask
+        return (h + self.shift).relu() @ self.weights[1]
+
+
+def test_parameters_in_lists_and_dicts() -> None:
+    want = {"weights.0": "5!,h", "weights.1": "h,3!", "named.bias": "h", "shift": ""}
+    space = wspace.trace(Plain(), X)
+    del want["shift"]
+    assert not disagreements(WeightSpace(space.params[:3]), want)
+    assert wspace.verify(space, module := Plain(), X).ok
+    assert isinstance(module.mask, Tensor)
+
+
+def test_nothing_is_left_on_tensors_of_the_module() -> None:
+    """BUG capture: constants keep a `_wspace` attribute, which holds axes of a finished trace."""
+    module = Plain()
+    wspace.trace(module, X)
+    left = [vars(t) for t in (module.mask, module.index, module.shift, *module.parameters())]
+    assert left == [{}] * len(left)
+
+
+def test_a_constant_that_two_modules_share_is_new_to_each() -> None:
+    """BUG capture: the second trace used the axes that the first had given to a constant."""
+    shared = torch.ones(12)
+    first, second = (Net(lambda h: h.relu() * shared) for _ in range(2))
+    wspace.trace(mlp(5, 12, 7, 3), X)
+    want = wspace.trace(copy.deepcopy(first), X)
+    wspace.trace(nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 5), first), X)
+    assert wspace.trace(second, X) == want
+
+
+def test_a_traced_module_can_be_copied_and_pickled() -> None:
+    """BUG capture: as above; a copy or a pickle would carry the trace along."""
+    module = Plain()
+    before = pickle.dumps(module)
+    wspace.trace(module, X)
+    assert len(pickle.dumps(module)) == len(before)
+    assert wspace.trace(copy.deepcopy(module), X) == wspace.trace(module, X)
+
+
+def test_parametrizations() -> None:
+    class Symmetric(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w.triu() + w.triu(1).T
+
+    module = mlp(5, 12, 12, 3)
+    parametrize.register_parametrization(module[2], "weight", Symmetric())
+    space = proved(module, X)
+    assert space.opaque == ()
+    weight = "parametrizations.weight.original"
+    assert [a.fixed for a in space[f"2.{weight}"].axes] == [True, True]
+
+    class Exp(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w.exp() / w.exp().sum(-1, keepdim=True)
+
+    module = mlp(5, 12, 20, 3)
+    parametrize.register_parametrization(module[2], "weight", Exp())
+    space = proved(module, X)
+    assert [a.fixed for a in space[f"2.{weight}"].axes] == [False, False]
+
+
+def test_spectral_norm() -> None:
+    module = mlp(5, 12, 20, 3)
+    nn.utils.parametrizations.spectral_norm(module[2])
+    space = proved(module, X)
+    assert space.coverage > 0.9
+
+
+def test_hooks_are_part_of_the_function() -> None:
+    module = mlp(5, 12, 20, 3)
+    module[0].register_forward_hook(lambda m, a, y: y.roll(1, -1))  # the order matters now
+    module[3].register_forward_pre_hook(lambda m, a: (a[0] * 2,))
+    space = proved(module, X)
+    assert [g.size for g in space.groups.values()] == [20]
+
+
+def test_shared_modules_are_one() -> None:
+    layer = nn.Linear(12, 12)
+    module = nn.Sequential(nn.Linear(5, 12), layer, nn.Tanh(), layer, nn.Linear(12, 3))
+    space = proved(module, X)
+    assert space["1.weight"] is space["3.weight"]
+    assert space["1.weight"].ties == ("3.weight",)
+    assert str(space["1.weight"]) == "1.weight(h1, h1)"
+
+
+def test_a_module_under_two_names() -> None:
+    module = Net(torch.relu)
+    module.alias = module.one
+    space = proved(module, X)
+    assert set(space.by_name) >= {"one.weight", "alias.weight"}
+    assert len([p for p in space.params if "weight" in p.name]) == 2
+
+
+def test_ties_by_storage() -> None:
+    module = Net(torch.tanh, 12, 12)
+    module.three = nn.Linear(5, 12, bias=False)
+    module.three.weight.data = module.one.weight.data
+    space = proved(module, X)
+    assert space["one.weight"] is space["three.weight"]
+
+
+def test_tied_transposed_weights() -> None:
+    class Auto(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.w.T).relu() @ self.w
+
+    assert str(proved(Auto(), X).params[0]) == "w(h1, 5!)"
+
+
+def test_a_view_that_cannot_be_described() -> None:
+    """BUG solve.reshape: the part of a view that was placed before it gave up stayed free."""
+
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.p.view(2, 2, 3)
+
+    assert not proved(Viewed(), torch.randn(2, 2, 3)).groups
+
+
+def test_a_dependence_on_an_index_that_occurs_twice() -> None:
+    """BUG solve.settle: with axes (h, h, d), d may not depend on h: which of the two?"""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.q = nn.Parameter(torch.randn(2, 2, 3)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.dot(self.p.flatten(), self.p.transpose(0, 1).flatten()) * self.q * x
+
+    module, x = Twice(), torch.randn(5)
+    space = wspace.trace(module, x)
+    state = {n: t.detach().double() for n, t in module.named_parameters()}
+    for seed in range(5):
+        t = wspace.sample(space, generator=torch.Generator().manual_seed(seed))
+        p = wspace.act(t, state, space)["p"]
+        assert torch.allclose(
+            (p * p.mT.mT.transpose(0, 1)).sum(), (state["p"] * state["p"].transpose(0, 1)).sum()
+        )
+
+
+# -------------------------------------------------------------------------- inputs, outputs
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+class Inputs(nn.Module):
+    """Positional and keyword inputs, nested; a nested output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.one, self.two = nn.Embedding(11, 5), nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(
+        self,
+        ids: Tensor,
+        pair: tuple[Tensor, dict[str, Tensor]],
+        *,
+        scale: float = 1.0,
+        mask: Tensor,
+    ) -> dict[str, object]:
+        h = self.one(self.table(ids) * scale + pair[0] + pair[1]["x"]).relu() * mask
+        return {"a": [self.two(h)], "b": Pair(h.sum(-1), ids), "c": None, "d": "text"}
+
+
+def test_inputs_and_outputs_of_every_form() -> None:
+    module, ids = Inputs(), torch.arange(4)
+    space = proved(module, ids, (X, {"x": X}), mask=torch.ones(4, 1), scale=2.0)
+    assert [g.size for g in space.groups.values()] == [5, 12] or [12] == [
+        g.size for g in space.groups.values()
+    ]
+    assert str(space["two.weight"]).endswith(", h1)") or str(space["two.weight"]).endswith("h2)")
+    assert space["table.weight"].role is Role.TABLE
+
+
+def test_a_returned_hidden_state_is_fixed() -> None:
+    class Both(Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.one(x).relu()
+            return h, self.two(h)
+
+    assert not proved(Both(torch.relu), X).groups
+
+
+def test_a_tensor_stands_for_a_tuple_of_one() -> None:
+    module = mlp(5, 12, 3)
+    assert wspace.trace(module, X) == wspace.trace(module, (X,)) == wspace.trace(module, [X])  # type: ignore[arg-type]
+    assert wspace.trace(module, kwargs={"input": X}) == wspace.trace(module, X)
+
+
+def test_inputs_are_not_changed() -> None:
+    module = Net(torch.relu)
+    module.register_forward_pre_hook(lambda m, a: (a[0].mul_(2),))
+    for m in (module, ControlFlow()):
+        x = X.clone()
+        wspace.trace(m, x)
+        assert torch.equal(x, X)
+        assert vars(x) == {}
+
+
+def test_inputs_that_want_gradients() -> None:
+    x = X.clone().requires_grad_()
+    module = mlp(5, 12, 3)
+    assert wspace.trace(module, x) == wspace.trace(module, X)
+    assert x.grad is None
+
+
+def test_float16_and_complex_parameters() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Parameter(torch.randn(5, 12, dtype=torch.complex64))
+            self.two = nn.Parameter(torch.randn(12, 3, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x.to(torch.complex64) @ self.one) @ self.two
+
+    space = wspace.trace(Complex(), X)
+    assert [str(p) for p in space.params] == ["one(5!, h1)", "two(h1, 3!)"]
+    assert space.params[0].dtype == "complex64"
+    half = wspace.trace(mlp(5, 12, 3).half(), X.half())
+    assert half.params[0].dtype == "float16"
+
+
+# --------------------------------------------------------------------------- no real weights
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(5, 12, 20, 3), lambda: Net(written)])
+def test_meta_and_fake_modules(make: Callable[[], nn.Module]) -> None:
+    want = wspace.trace(make(), X)
+    with torch.device("meta"):
+        assert wspace.trace(make(), X) == want
+    with FakeTensorMode():
+        fake = make()
+    assert wspace.trace(fake, X) == want
+
+
+def test_recurrent_modules_need_no_weights() -> None:
+    """BUG capture: `nn.LSTM` on the meta device refuses inputs on the CPU."""
+
+    class Readout(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.rnn(x)[0])
+
+    x = torch.randn(4, 2, 5)
+    with torch.device("meta"):
+        blank = Readout()
+    assert wspace.trace(blank, x) == wspace.trace(Readout(), x)
+
+
+def test_no_weight_is_read() -> None:
+    """NaN weights, and weights far too large to exist, are traced all the same."""
+    module = mlp(5, 12, 3)
+    want = wspace.trace(module, X)
+    for t in module.parameters():
+        nn.init.constant_(t, torch.nan)
+    assert wspace.trace(module, X) == want
+    with torch.device("meta"):
+        huge = mlp(5, 10**9, 3)
+    assert wspace.trace(huge, X).groups["h1"].size == 10**9
+
+
+# ------------------------------------------------------------------- modes and statistics
+
+
+def test_training_modules_keep_mode_and_statistics() -> None:
+    module = nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Dropout(), nn.Linear(12, 3))
+    module.train()
+    module[2].eval()
+    space = proved(module, X)  # looks at every mode and buffer
+    assert [m.training for m in module] == [True, True, False, True]
+    assert int(module[1].num_batches_tracked) == 0
+    assert space["1.running_mean"].buffer
+    assert space["1.running_mean"].role is Role.STATISTIC
+
+
+def test_gradients_and_flags_survive() -> None:
+    module = mlp(5, 12, 3)
+    module[0].weight.requires_grad_(False)
+    module(X).sum().backward()
+    before = module[2].weight.grad
+    assert before is not None
+    proved(module, X)
+    assert module[2].weight.grad is before
+    assert module[0].weight.grad is None
+
+
+def test_a_backward_pass_may_be_under_way() -> None:
+    for module in (mlp(5, 12, 3), ControlFlow()):
+        loss = module(X).square().sum()
+        wspace.trace(module, X)
+        loss.backward()
+        assert all(p.grad is not None for n, p in module.named_parameters() if "no" not in n)
+
+
+def test_inside_inference_and_grad_modes() -> None:
+    module = mlp(5, 12, 3)
+    want = wspace.trace(module, X)
+    with torch.inference_mode():
+        assert wspace.trace(module, X) == want
+    with torch.no_grad():
+        assert wspace.trace(module, X) == want
+
+
+def test_random_forward_is_repeatable() -> None:
+    class Noisy(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.randn_like(x)) + torch.rand(3)
+
+    space = proved(Noisy(torch.relu), X)
+    assert is_plain(space)
+
+
+def test_unused_parameters_are_fixed_and_say_so() -> None:
+    module = Net(torch.relu)
+    module.spare = nn.Linear(12, 7)
+    space = proved(module, X)
+    assert space["spare.weight"].fixed
+    assert space["spare.weight"].role is Role.UNUSED
+
+
+@pytest.mark.parametrize(
+    ("module", "roles"),
+    [
+        (mlp(5, 12, 3), {"0.weight": "matrix", "0.bias": "shift"}),
+        (
+            nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(12, 3)),
+            {"1.weight": "scale", "1.bias": "shift", "1.running_var": "statistic"},
+        ),
+        (
+            nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), nn.Linear(12, 3)),
+            {"1.weight": "scale", "1.bias": "shift"},
+        ),
+    ],
+)
+def test_roles(module: nn.Module, roles: dict[str, str]) -> None:
+    space = wspace.trace(module, X)
+    assert {name: space[name].role.value for name in roles} == roles
