@@ -1,9 +1,9 @@
 """What the benchmarks share: interleaved timing, peak memory, tables, JSON, and the peers.
 
 Machines are noisy, so figures are compared only within one run: candidates take turns (A B A B …)
-on one thread, and a ratio is the median of the ratios round by round. Seconds are processor time of
-this process (user and system), which other work on the machine disturbs least; on an idle machine
-it equals the time on the wall. With several threads (``--threads``) the wall clock is used.
+on one thread, and a ratio is the median of the ratios round by round. Seconds are processor time
+of the main thread (user and system), which other work on the machine disturbs least; on an idle
+machine it equals the time on the wall. With several threads (``--threads``) it is the wall clock.
 """
 
 import argparse
@@ -51,8 +51,11 @@ class Timing:
 
 
 def clock() -> float:
-    """Seconds: of the processor with one thread, of the wall with several."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    """Seconds: of the processor with one thread, of the wall with several.
+
+    The thread's clock, since a limit on the process's (`which_models`) makes that one coarse.
+    """
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def timed(run: Callable[[], object]) -> float:

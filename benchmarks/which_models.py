@@ -37,7 +37,7 @@ encoder_pre_norm attention_unbind attention_gqa swiglu mlp_mixer convnext swin v
 mamba mixtral t5
 """.split()
 WRONG = 1e-6
-SECONDS = 4
+SECONDS = 8
 NORMS_OVER_UNITS = ("LayerNorm", "RMSNorm", "GroupNorm", "LlamaRMSNorm", "T5LayerNorm")
 
 

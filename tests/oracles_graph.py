@@ -16,7 +16,7 @@ Row = tuple[int | None, int, str, tuple[int, ...], float | None]
 
 
 def rows(graph: ParameterGraph) -> Iterator[Row]:
-    """Every entry: (source unit, target unit, label, feature indices, value), units counted globally."""
+    """Every entry: source unit, target unit, label, feature indices, value; units in a row."""
     s = graph.structure
     for i, b in enumerate(s.blocks):
         sizes = b.sizes
@@ -51,7 +51,7 @@ def assert_each_entry_once(graph: ParameterGraph) -> None:
 
 
 def relabelling(one: ParameterGraph, two: ParameterGraph) -> dict[int, int]:
-    """The map of units under which two graphs of distinct values agree; raises where there is none."""
+    """The map of units under which two graphs of distinct values agree."""
     mine, other = list(rows(one)), list(rows(two))
     assert len(mine) == len(other), "different numbers of entries"
     places: dict[object, list[Row]] = defaultdict(list)
@@ -112,7 +112,7 @@ def _assert_structure(
         if value is None and a in names and b in names
     )
     assert not here - there, (
-        f"structural entries {list((here - there))[:3]} are not in the other graph"
+        f"structural entries {list(here - there)[:3]} are not in the other graph"
     )
 
 
@@ -162,6 +162,8 @@ class Clamp:
         self.inputs: dict[str, list[Tensor]] = defaultdict(list)
         self.shift: tuple[str, int] | None = None
         self.clamp = False
+        self.size = 0.0
+        self.generator = torch.Generator().manual_seed(0)
         self.handles = [
             m.register_forward_hook(self._hook(n), with_kwargs=True) for n, m in self.parts.items()
         ]
@@ -180,7 +182,9 @@ class Clamp:
             out = self.outputs[name][0]
             if self.shift is not None and self.shift[0] == name:
                 out = out.clone()
-                out.select(self.channel(name), self.shift[1]).add_(0.37)
+                part = out.select(self.channel(name), self.shift[1])
+                # not one amount for all tokens: softmax would not see that in the keys
+                part += self.size * torch.rand(part.shape, generator=self.generator).to(part)
             return out
 
         return hook
@@ -190,18 +194,22 @@ class Clamp:
 
     def _run(self) -> None:
         self.inputs.clear()
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it would pass the hooks by
         with torch.no_grad():
             self.module(*self.args, **self.kwargs)
+        torch.backends.mha.set_fastpath_enabled(fast)
 
     def reached(self, name: str, unit: int) -> dict[str, set[int]]:
-        """Input channels of every contraction that one output channel of another reaches directly."""
+        """Input channels of every contraction that an output channel of one reaches."""
         self.shift = None
         self._run()
         before = {n: x[0] for n, x in self.inputs.items()}
         self.shift = name, unit
-        self._run()
-        out = {}
-        for n, x in self.inputs.items():
-            changed = (x[0] != before[n]).movedim(self.channel(n), 0).flatten(1).any(1)
-            out[n] = set(changed.nonzero().flatten().tolist())
+        out: dict[str, set[int]] = defaultdict(set)
+        for self.size in (0.37, 50.0, -50.0):  # so that no rectifier hides it
+            self._run()
+            for n, x in self.inputs.items():
+                changed = (x[0] != before[n]).movedim(self.channel(n), 0).flatten(1).any(1)
+                out[n] |= set(changed.nonzero().flatten().tolist())
         return out

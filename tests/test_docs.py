@@ -94,11 +94,14 @@ def test_readme_commands_run(
 
 
 def test_commands_of_all_pages_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every `wspace …` in running text or in a block names a command that is there."""
+    """Every `wspace …` in code names a command that is there."""
     main(["--help"])
     shown = capsys.readouterr().out
     for page in PAGES:
-        for name in re.findall(r"(?:^|`)wspace ([a-z]+)", page.read_text(), re.MULTILINE):
+        text = page.read_text(encoding="utf-8")
+        lines = [line for match in BLOCK.finditer(text) for line in match[2].splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", text)
+        for name in (match[1] for line in lines if (match := re.match(r"wspace ([a-z]+)", line))):
             assert f"    {name} " in shown, f"{page.name}: wspace {name}"
 
 

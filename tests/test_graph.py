@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
 from cases import CASES, build
-from oracles_graph import Clamp, assert_each_entry_once, fingerprint, relabelling, rows
+from oracles_graph import Clamp, assert_each_entry_once, fingerprint, relabelling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from wspace.graph import (
     to_networkx,
     to_pyg,
 )
+from wspace.graph.parameter import window
 from wspace.space import WeightSpace
 
 NAMES = sorted(CASES)
@@ -30,6 +32,7 @@ NAMES = sorted(CASES)
 
 @lru_cache(maxsize=8)
 def traced(name: str) -> tuple[WeightSpace, dict[str, Tensor]]:
+    """Weight space of a case, and a state of it in which no two entries are equal."""
     module, args, kwargs = build(name)
     return wspace.trace(module, args, kwargs), distinct(module)
 
@@ -57,31 +60,37 @@ def distinct(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_decode_inverts_encode(name: str) -> None:
+def test_laws(name: str, generator: torch.Generator) -> None:
     space, state = traced(name)
     graph = encode(space, state)
-    again = decode(graph)
-    assert state.keys() <= again.keys()
-    assert all(torch.equal(x, again[k]) for k, x in state.items())
-    for p in space.params:
-        assert all(again[t] is again[p.name] for t in p.ties)
+    assert_decodes(graph, state)
+    assert_each_entry_once(graph)
     assert WeightSpace.from_json(space.to_json()) == space
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_entry_once(name: str) -> None:
-    space, state = traced(name)
-    assert_each_entry_once(encode(space, state))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_action_relabels_units(name: str, generator: torch.Generator) -> None:
-    space, state = traced(name)
-    graph = encode(space, state)
     t = wspace.sample(space, generator=generator)
     moved = encode(space, wspace.act(t, state, space))
     assert all(torch.equal(x, moved.values[k]) for k, x in graph.act(t).values.items())
-    relabelling(graph, moved)
+    if sum(p.numel for p in space.params) < RELABELLED:
+        relabelling(graph, moved)
+
+
+RELABELLED = 60_000
+"""Most entries of a case whose two graphs are compared entry by entry, in Python."""
+
+
+def assert_decodes(graph: ParameterGraph, state: dict[str, Tensor]) -> None:
+    """The graph decodes to the state, bit for bit, ties included."""
+    again = decode(graph)
+    assert state.keys() <= again.keys()
+    assert all(torch.equal(x, again[k]) for k, x in state.items())
+    for p in graph.space.params:
+        assert all(again[t] is again[p.name] for t in p.ties)
+
+
+def test_assert_decodes_finds_a_changed_value() -> None:
+    space, state = traced("mlp")
+    name = space.params[0].name
+    with pytest.raises(AssertionError):
+        assert_decodes(encode(space, state), {**state, name: state[name] + 1})
 
 
 def test_relabelling_finds_what_is_no_symmetry() -> None:
@@ -94,8 +103,6 @@ def test_relabelling_finds_what_is_no_symmetry() -> None:
 
 def test_each_entry_once_finds_a_lost_block() -> None:
     space, state = traced("mlp")
-    from dataclasses import replace
-
     short = replace(space, wiring=replace(space.wiring, blocks=space.wiring.blocks[1:]))
     with pytest.raises(AssertionError, match="not held once"):
         assert_each_entry_once(encode(short, state))
@@ -104,30 +111,36 @@ def test_each_entry_once_finds_a_lost_block() -> None:
 # ------------------------------------------------------------------ right endpoints
 
 DIRECT = [
-    "mlp", "mlp_residual", "vgg", "resnet18", "densenet", "mobilenet_v3", "shufflenet_v2",
-    "shufflenet_v1", "squeezenet", "unet", "grouped_se", "depth_multiplier", "pixel_shuffle",
-    "encoder_pre_norm", "attention_unbind", "attention_permute", "attention_chunk",
+    "mlp", "vgg", "resnet18", "densenet", "mobilenet_v3", "shufflenet_v2",
+    "shufflenet_v1", "squeezenet", "inception", "grouped_se", "depth_multiplier", "pixel_shuffle",
+    "attention_unbind", "attention_permute", "attention_chunk",
     "attention_per_head", "attention_gqa", "attention_gqa_repeat", "swiglu", "gpt2", "llama",
 ]  # fmt: skip
 
 
-def units_reached(graph: ParameterGraph, name: str, unit: int) -> set[int]:
-    """Units that output channel `unit` of a contraction reaches through structural blocks."""
-    s = graph.structure
-    out: set[int] = set()
-    index, channel = _entry_units(graph, name)
-    out |= {t for o, t in channel if o == unit}
+def structural(graph: ParameterGraph) -> dict[int, set[int]]:
+    """Units that every unit reaches through one structural block."""
     ahead: dict[int, set[int]] = {}
-    for a, b, _, _, value in rows(graph):
-        if value is None and a is not None:
-            ahead.setdefault(a, set()).add(b)
-    todo = list(out)
+    s = graph.structure
+    for i, b in enumerate(s.blocks):
+        if b.structural and b.source is not None:
+            ends = (
+                s.source(i) + s.offsets[b.source.nodes],
+                s.target(i) + s.offsets[b.target.nodes],
+            )
+            pairs = zip(*(e.expand(b.sizes).reshape(-1).tolist() for e in ends), strict=True)
+            for u, v in pairs:
+                ahead.setdefault(u, set()).add(v)
+    return ahead
+
+
+def reached(ahead: dict[int, set[int]], units: set[int]) -> set[int]:
+    """These units and all that they reach through structural blocks."""
+    out, todo = set(units), list(units)
     while todo:
-        for b in ahead.get(todo.pop(), ()):
-            if b not in out:
-                out.add(b)
-                todo.append(b)
-    del index, s
+        new = ahead.get(todo.pop(), set()) - out
+        out |= new
+        todo += new
     return out
 
 
@@ -144,8 +157,6 @@ def _entry_units(
         if b.param != weight.name or b.source is None:
             continue
         grid = torch.arange(weight.numel).reshape(weight.shape)
-        from wspace.graph.parameter import window
-
         entry = window(grid, b).reshape(-1)
         where = torch.unravel_index(entry, weight.shape)
         source = (s.source(i) + s.offsets[b.source.nodes]).expand(b.sizes).reshape(-1)
@@ -169,20 +180,23 @@ def test_endpoints_against_clamped_runs(name: str) -> None:
     clamp = Clamp(module, args, kwargs)
     MODULES.clear()
     MODULES.update(clamp.parts)
-    known = {n for n in clamp.parts if f"{n}.weight" in space.by_name and n in clamp.outputs}
-    ins = {n: _entry_units(graph, n)[0] for n in known}
+    known = {
+        n
+        for n in clamp.parts
+        if n in clamp.outputs and not space[f"{n}.weight"].ties  # a tied one has two places
+    }
+    ends = {n: _entry_units(graph, n) for n in known}
+    ahead = structural(graph)
     checked = 0
     for n in sorted(known):
         width = clamp.outputs[n][0].shape[clamp.channel(n)]
         for unit in {0, width // 2, width - 1}:
-            reach = units_reached(graph, n, unit)
+            reach = reached(ahead, {u for c, u in ends[n][1] if c == unit})
             for consumer, channels in clamp.reached(n, unit).items():
                 if consumer not in known or consumer == n:
                     continue
-                expected = {c for c, u in ins[consumer] if u in reach}
-                assert channels <= expected, f"{n}[{unit}] → {consumer}: {channels} {expected}"
-                if "encoder" not in name:
-                    assert channels == expected, f"{n}[{unit}] → {consumer}: {channels} {expected}"
+                expected = {c for c, u in ends[consumer][0] if u in reach}
+                assert channels == expected, f"{n}[{unit}] → {consumer}: {channels} {expected}"
                 checked += len(channels)
     assert checked
 
@@ -275,10 +289,13 @@ def test_activation_is_seen(act: nn.Module) -> None:
     assert len(set(seen)) == 4
 
 
-def test_stride_and_padding_are_seen() -> None:
-    def make(**options: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(2, 5, 3, **options), nn.Flatten(), nn.LazyLinear(3))
+def test_last_activation_is_seen() -> None:
+    body = nn.Linear(5, 3)
+    ends = [nn.Identity(), nn.Sigmoid(), nn.Softmax(-1)]
+    assert len({graph_of(nn.Sequential(body, end), torch.zeros(2, 5)) for end in ends}) == 3
 
+
+def test_stride_and_padding_are_seen() -> None:
     x = torch.zeros(2, 2, 9, 9)
     state = None
     seen = set()
@@ -287,7 +304,6 @@ def test_stride_and_padding_are_seen() -> None:
         state = state or module.state_dict()
         seen.add(graph_of(module, x, state=state))
     assert len(seen) == 3
-    del make
 
 
 class Skip(nn.Module):
@@ -300,14 +316,20 @@ class Skip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).relu()
-        y = {
-            "plain": lambda: self.b(h).relu(),
-            "before": lambda: (self.b(h) + h).relu(),
-            "after": lambda: self.b(h).relu() + h,
-            "minus": lambda: (self.b(h) - h).relu(),
-            "times": lambda: (self.b(h) * h).relu(),
-            "rolled": lambda: (self.b(h) + h.roll(1, -1)).relu(),
-        }[self.style]()
+        y = self.b(h)
+        match self.style:
+            case "before":
+                y = (y + h).relu()
+            case "after":
+                y = y.relu() + h
+            case "minus":
+                y = (y - h).relu()
+            case "times":
+                y = (y * h).relu()
+            case "rolled":
+                y = (y + h.roll(1, -1)).relu()
+            case _:
+                y = y.relu()
         return self.c(y)
 
 

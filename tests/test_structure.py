@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from strictly lower ranks; files of one package import each other, but not
 # in a circle. "wspace" is `wspace/__init__.py`: it imports anything, and only programs import it.
 RANK = {
+    "wiring": 0.5,
     "errors": 0,
     "space": 1,
     "action": 2,

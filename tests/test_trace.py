@@ -116,7 +116,7 @@ def opaque_op() -> Iterator[Callable[[Tensor], Tensor]]:
     with torch.library._scoped_library("wspace_test", "FRAGMENT") as library:
         library.define("reverse(Tensor x) -> Tensor")
         library.impl("reverse", lambda x: x.flip(-1), "CPU")
-        library.impl("reverse", lambda x: torch.empty_like(x), "Meta")
+        library.impl("reverse", torch.empty_like, "Meta")
         yield torch.ops.wspace_test.reverse
 
 
@@ -207,12 +207,10 @@ def swapped_in_place(h: Tensor) -> Tensor:
         lambda h: torch.where(h > 0, h, torch.zeros_like(h)),
         lambda h: h.masked_fill(h < 0, 0.0),
         lambda h: torch.stack([h, h.tanh()], 0).mean(0),
-        lambda h: torch.view_as_real(torch.complex(h, h.tanh()) * (1 + 2j)).sum(-1),
-        lambda h: torch.polar(h.abs(), h).real,
         lambda h: (h[..., None] * h[:, None]).sum(-1).relu(),
         lambda h: h.unflatten(1, (3, 4)).flatten(1).sigmoid(),
         lambda h: torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=False),
-        lambda h: torch.vmap(torch.tanh)(h),
+        torch.vmap(torch.tanh),
         lambda h: h.new_tensor(2.0) * h.softmax(-1),
         lambda h: h.to(torch.float64).sin().to(h.dtype),
         written,
@@ -220,7 +218,7 @@ def swapped_in_place(h: Tensor) -> Tensor:
     ],
     ids=[
         "in place", "inplace relu", "clamp_", "data", "detach", "where", "masked_fill", "stack",
-        "complex", "polar", "outer", "views", "checkpoint", "vmap", "new_tensor", "cast",
+        "outer", "views", "checkpoint", "vmap", "new_tensor", "cast",
         "written through views", "view then change",
     ],
 )  # fmt: skip
@@ -229,6 +227,22 @@ def test_the_hidden_units_stay_free(between: Callable[[Tensor], Tensor]) -> None
     assert space.capture == "abstract"
     assert all(g.size in (12, 3, 4) for g in space.groups.values())
     assert space.coverage > 0.9
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: torch.view_as_real(torch.complex(h, h.tanh()) * (1 + 2j)).sum(-1),
+        lambda h: torch.polar(h.abs(), h).real,
+        lambda h: torch.fft.fft(h, dim=0).abs(),
+    ],
+    ids=["complex", "polar", "fft over the batch"],
+)
+def test_complex_numbers_keep_the_symmetry_or_say_where_it_went(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    space = proved(Net(between), X)
+    assert space.opaque or is_plain(space)
 
 
 def test_an_in_place_change_of_some_units_sets_them_apart() -> None:
@@ -276,13 +290,15 @@ def test_nothing_is_left_on_tensors_of_the_module() -> None:
 
 
 def test_a_constant_that_two_modules_share_is_new_to_each() -> None:
-    """BUG capture: the second trace used the axes that the first had given to a constant."""
+    """BUG capture: the second trace uses the axes that the first has given to a constant."""
+
+    def net(shared: Tensor) -> nn.Module:
+        return Net(lambda h: h.relu() * shared)
+
+    want = wspace.trace(net(torch.ones(12)), X)
     shared = torch.ones(12)
-    first, second = (Net(lambda h: h.relu() * shared) for _ in range(2))
-    wspace.trace(mlp(5, 12, 7, 3), X)
-    want = wspace.trace(copy.deepcopy(first), X)
-    wspace.trace(nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 5), first), X)
-    assert wspace.trace(second, X) == want
+    wspace.trace(nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 5), net(shared)), X)
+    assert wspace.trace(net(shared), X) == want
 
 
 def test_a_traced_module_can_be_copied_and_pickled() -> None:
@@ -317,6 +333,7 @@ def test_parametrizations() -> None:
 
 
 def test_spectral_norm() -> None:
+    """BUG rules: the rule of `dot` is also that of `vdot`, whose argument is named `other`."""
     module = mlp(5, 12, 20, 3)
     nn.utils.parametrizations.spectral_norm(module[2])
     space = proved(module, X)
@@ -357,6 +374,8 @@ def test_ties_by_storage() -> None:
 
 
 def test_tied_transposed_weights() -> None:
+    """BUG verify: every group lies on one tensor only, so no control breaks the symmetry."""
+
     class Auto(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -434,10 +453,8 @@ class Inputs(nn.Module):
 def test_inputs_and_outputs_of_every_form() -> None:
     module, ids = Inputs(), torch.arange(4)
     space = proved(module, ids, (X, {"x": X}), mask=torch.ones(4, 1), scale=2.0)
-    assert [g.size for g in space.groups.values()] == [5, 12] or [12] == [
-        g.size for g in space.groups.values()
-    ]
-    assert str(space["two.weight"]).endswith(", h1)") or str(space["two.weight"]).endswith("h2)")
+    assert [g.size for g in space.groups.values()] == [12]  # x is added to the embedding
+    assert str(space["two.weight"]) == "two.weight(3!, h1)"
     assert space["table.weight"].role is Role.TABLE
 
 
@@ -457,6 +474,7 @@ def test_a_tensor_stands_for_a_tuple_of_one() -> None:
 
 
 def test_inputs_are_not_changed() -> None:
+    """BUG capture: in the abstract mode an in-place operator writes to the caller's input."""
     module = Net(torch.relu)
     module.register_forward_pre_hook(lambda m, a: (a[0].mul_(2),))
     for m in (module, ControlFlow()):
@@ -493,11 +511,20 @@ def test_float16_and_complex_parameters() -> None:
 # --------------------------------------------------------------------------- no real weights
 
 
-@pytest.mark.parametrize("make", [lambda: mlp(5, 12, 20, 3), lambda: Net(written)])
-def test_meta_and_fake_modules(make: Callable[[], nn.Module]) -> None:
+MAKERS = {"mlp": lambda: mlp(5, 12, 20, 3), "in place": lambda: Net(written)}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_meta_modules(make: Callable[[], nn.Module]) -> None:
     want = wspace.trace(make(), X)
     with torch.device("meta"):
         assert wspace.trace(make(), X) == want
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_fake_modules(make: Callable[[], nn.Module]) -> None:
+    """BUG capture: "operator prim::device does not exist" for parameters of a FakeTensorMode."""
+    want = wspace.trace(make(), X)
     with FakeTensorMode():
         fake = make()
     assert wspace.trace(fake, X) == want
@@ -528,8 +555,8 @@ def test_no_weight_is_read() -> None:
         nn.init.constant_(t, torch.nan)
     assert wspace.trace(module, X) == want
     with torch.device("meta"):
-        huge = mlp(5, 10**9, 3)
-    assert wspace.trace(huge, X).groups["h1"].size == 10**9
+        huge = mlp(5, 300_000, 300_007, 3)
+    assert [g.size for g in wspace.trace(huge, X).groups.values()] == [300_000, 300_007]
 
 
 # ------------------------------------------------------------------- modes and statistics
@@ -566,6 +593,7 @@ def test_a_backward_pass_may_be_under_way() -> None:
 
 
 def test_inside_inference_and_grad_modes() -> None:
+    """BUG capture: under `inference_mode` the scale symmetry of a ReLU layer is lost."""
     module = mlp(5, 12, 3)
     want = wspace.trace(module, X)
     with torch.inference_mode():

@@ -38,8 +38,8 @@ class Ends:
     Attributes:
         nodes: Index of the node set.
         loops: Loops of the block on which the unit depends.
-        boxes: The units in row-major order of these loops: a list of ``(start, n, step, n, step …)``
-            nested arithmetic sequences, outermost first.
+        boxes: The units in row-major order of these loops, as nested arithmetic sequences
+            ``(start, n, step, n, step …)``, outermost first.
     """
 
     nodes: int

@@ -27,9 +27,9 @@ def to_pyg(graph: ParameterGraph, *, hetero: bool = False) -> Any:
     Returns:
         ``Data``: nodes with ``node_set``, ``position`` (index in a set whose units are fixed, else
         -1), ``depth``; edges with ``edge_index``, ``edge_value``, ``edge_block``, ``edge_feature``
-        (taps, positions; -1 where there are none), ``edge_structural``, ``edge_again``; and node
-        features as entries ``x_node``, ``x_value``, ``x_block``, ``x_feature``; ``x`` and
-        ``edge_attr`` hold values and these codes as floats. Or ``HeteroData`` with the same per type.
+        (taps, positions; -1 where none), ``edge_structural``, ``edge_again``; and node features as
+        entries ``x_node``, ``x_value``, ``x_block``, ``x_feature``; ``x`` and ``edge_attr`` hold
+        values and these codes as floats. Or ``HeteroData`` with the same for each type.
 
     Raises:
         SpaceMismatch: If the graph has batch axes.

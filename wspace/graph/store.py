@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from wspace.errors import CheckpointError, SpaceMismatch, message
 from wspace.graph.parameter import ParameterGraph
 from wspace.space import WeightSpace
@@ -45,20 +47,7 @@ def load_graph(path: str | Path) -> ParameterGraph:
     Raises:
         CheckpointError: If the file is damaged or holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(_bad(path, f"format {metadata.get('format')!r}"))
-            space = WeightSpace.from_json(metadata["space"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            aside = set(json.loads(metadata["rest"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
+    space, tensors, aside = _read(path)
     expected = {p.name for p in space.params} | aside
     if expected != set(tensors):
         wrong = sorted(expected ^ set(tensors))
@@ -70,6 +59,24 @@ def load_graph(path: str | Path) -> ParameterGraph:
         raise CheckpointError(_bad(path, str(error))) from error
     rest = {name: tensors[name] for name in aside}
     return ParameterGraph(space, MappingProxyType(values), MappingProxyType(rest))
+
+
+def _read(path: str | Path) -> tuple[WeightSpace, dict[str, Tensor], set[str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(_bad(path, f"format {metadata.get('format')!r}"))
+            space = WeightSpace.from_json(metadata["space"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            aside = set(json.loads(metadata["rest"]))
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
+    return space, tensors, aside
 
 
 def _bad(path: str | Path, got: str) -> str:

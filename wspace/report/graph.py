@@ -64,14 +64,17 @@ def drawing_of(graph: ParameterGraph | WeightSpace, title: str = "") -> Drawing:
     """What the picture of a graph shows.
 
     Args:
-        graph: A graph without batch axes, or a space with a wiring.
+        graph: A graph, of which the first is shown if it is a batch; or a space with a wiring.
         title: Over the picture.
 
     Returns:
         The drawing. Node sets that nothing is attached to are left out.
     """
     space = graph if isinstance(graph, WeightSpace) else graph.space
-    state = {} if isinstance(graph, WeightSpace) else graph.values
+    state: State = {}
+    if isinstance(graph, ParameterGraph):
+        first = (0,) * len(graph.batch)
+        state = {name: tensor[first] for name, tensor in graph.values.items()}
     wiring = _wiring(space)
     edges: dict[tuple[int, int, str], list[Block]] = {}
     features: dict[int, list[Block]] = {}
@@ -159,7 +162,7 @@ def _gathered(block: Block, state: State, sizes: tuple[int, int], bins: tuple[in
     """Root mean square of a block's entries by source and target bin, with the sum's sign."""
     thin = _thinned(block.sizes)
     entries = window(state[block.param], block)[thin].detach().double().nan_to_num(0.0, 0.0, 0.0)
-    cell = torch.zeros(1, dtype=torch.int64)
+    cell = torch.zeros((), dtype=torch.int64)
     for ends, size, count in zip((block.source, block.target), sizes, bins, strict=True):
         cell = cell * count
         if ends is not None:

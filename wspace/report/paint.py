@@ -28,7 +28,8 @@ def paint(drawing: Drawing) -> "Figure":
 
 # --- units as dots -------------------------------------------------------------------------------
 
-STEP = 0.26  # inches between units
+STEP = 0.26  # inches between units, at most
+TALL = 5.2  # inches of the tallest column, if its units are not to touch
 COLUMN = 1.9  # inches between columns
 GAP = 0.55  # inches between sets of one column
 BAR = 3.6  # inches: height of a set that is too large for dots
@@ -53,15 +54,18 @@ class _Place:
 
 def _dots(drawing: Drawing) -> "Figure":
     layers = drawing.layers()
+    dots = [sum(s.size for s in _sets(drawing, layer) if s.size <= MOST_DOTS) for layer in layers]
+    step = min(STEP, max(TALL / max(dots, default=1), 0.13)) if any(dots) else STEP
     heights = [
-        sum(_height(drawing.sets[i]) for i in layer) + GAP * (len(layer) - 1) for layer in layers
+        sum(_height(s, step) for s in _sets(drawing, layer)) + GAP * (len(layer) - 1)
+        for layer in layers
     ]
     tall, wide = max(heights, default=1.0), COLUMN * max(len(layers) - 1, 1)
     places: dict[int, _Place] = {}
     for column, (layer, height) in enumerate(zip(layers, heights, strict=True)):
         top = height / 2
         for i in layer:
-            own = _height(drawing.sets[i])
+            own = _height(drawing.sets[i], step)
             places[i] = _placed(drawing.sets[i], COLUMN * column, top, own)
             top -= own + GAP
     arcs = [k for k in drawing.links if k.weight is None]
@@ -74,14 +78,18 @@ def _dots(drawing: Drawing) -> "Figure":
     for number, link in enumerate(arcs):
         _arc(ax, places[link.source], places[link.target], tall / 2 + 0.13 * (number + 2))
     for i, place in places.items():
-        _units(ax, drawing, drawing.sets[i], place)
+        _units(ax, drawing.sets[i], place, (_colour(drawing, drawing.sets[i]), step))
     _link_labels(ax, drawing, places, top)
     _legend(ax, (-0.7, low + 0.12), arcs=bool(arcs))
     return figure
 
 
-def _height(nodes: NodeSet) -> float:
-    return STEP * max(nodes.size - 1, 0) if nodes.size <= MOST_DOTS else BAR
+def _sets(drawing: Drawing, layer: list[int]) -> list[NodeSet]:
+    return [drawing.sets[i] for i in layer]
+
+
+def _height(nodes: NodeSet, step: float) -> float:
+    return step * max(nodes.size - 1, 0) if nodes.size <= MOST_DOTS else BAR
 
 
 def _placed(nodes: NodeSet, x: float, top: float, height: float) -> _Place:
@@ -159,21 +167,25 @@ def _arc(ax: Any, a: _Place, b: _Place, peak: float) -> None:
                                  alpha=0.75, zorder=2))  # fmt: skip
 
 
-def _units(ax: Any, drawing: Drawing, nodes: NodeSet, place: _Place) -> None:
-    colour = _colour(drawing, nodes)
+def _units(ax: Any, nodes: NodeSet, place: _Place, look: tuple[str, float]) -> None:
+    from matplotlib.patheffects import withStroke
+
+    colour, step = look
+    halo = [withStroke(linewidth=2.5, foreground="white")]
     if place.dots:
         fill = "white" if nodes.values is None else _fills(nodes.values)
-        ax.scatter([place.x] * len(place.y), place.y, s=95, c=fill, edgecolors=colour,
+        area = 95 * (step / STEP) ** 2
+        ax.scatter([place.x] * len(place.y), place.y, s=area, c=fill, edgecolors=colour,
                    linewidths=1.6, zorder=3)  # fmt: skip
     else:
         _box(ax, (place.x - 0.11, place.low), (0.22, place.high - place.low), colour)
         ax.text(place.x, (place.low + place.high) / 2, f"{nodes.size:,}", rotation=90, size=8,
                 ha="center", va="center", color=INK, zorder=4)  # fmt: skip
     ax.text(place.x, place.low - 0.08, nodes.label, ha="center", va="top", size=9.5, color=colour,
-            weight="bold", zorder=4)  # fmt: skip
+            weight="bold", zorder=4, path_effects=halo)  # fmt: skip
     notes = [f"{nodes.size:,} unit{'' if nodes.size == 1 else 's'}", *map(_note, nodes.notes)]
     ax.text(place.x, place.low - 0.27, "\n".join(_few(notes)), ha="center", va="top", size=6.5,
-            color=DIM, linespacing=1.25, zorder=4)  # fmt: skip
+            color=DIM, linespacing=1.25, zorder=4, path_effects=halo)  # fmt: skip
 
 
 def _few(names: list[str]) -> list[str]:
@@ -276,8 +288,9 @@ def _labelled_box(ax: Any, nodes: NodeSet, middle: tuple[float, float], colour: 
     ax.text(x, y + (0.055 if nodes.notes else 0), name, size=8.5, ha="center", va="center",
             color=INK, weight="bold", zorder=6)  # fmt: skip
     if nodes.notes:
-        more = f" +{len(nodes.notes) - 1}" if len(nodes.notes) > 1 else ""
-        note = short(nodes.notes[0], 34 - len(more)) + more
+        first, *rest = nodes.notes
+        more = f" +{len(rest)}" if rest else ""
+        note = short(first, 34 - len(more)) + more
         ax.text(x, y - 0.095, note, size=5.5, ha="center", va="center", color=DIM, zorder=6)
 
 
@@ -311,13 +324,15 @@ def _connect(ax: Any, link: Link, centre: Centres, links: Sequence[Link]) -> Non
 def _around(ax: Any, link: Link, centre: Centres, x: float) -> None:
     """A line past the rows between, to the right of them."""
     (x0, y0), (x1, y1) = centre[link.source], centre[link.target]
-    corners = [
-        (x0 + WIDTH / 2, y0 - 0.06),
-        (x, y0 - 0.06),
-        (x, y1 + 0.06),
-        (x1 + WIDTH / 2, y1 + 0.06),
-    ]
-    _path(ax, corners, named=bool(link.label))
+    half, out, back = WIDTH / 2, y0 - 0.06, y1 + 0.06
+    start, end = [(x0 + half, out)], [(x1 + half, back)]
+    if any(y == y0 and other > x0 for other, y in centre.values()):  # something stands beside it
+        out = y0 - HEIGHT / 2 - 0.035
+        start = [(x0 + 0.8 * half, y0 - HEIGHT / 2), (x0 + 0.8 * half, out)]
+    if any(y == y1 and other > x1 for other, y in centre.values()):
+        back = y1 + HEIGHT / 2 + 0.1
+        end = [(x1 + 0.8 * half, back), (x1 + 0.8 * half, y1 + HEIGHT / 2)]
+    _path(ax, [*start, (x, out), (x, back), *end], named=bool(link.label))
     if link.label:
         _thumbnail(ax, link, (x, (y0 + y1) / 2))
 

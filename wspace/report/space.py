@@ -11,6 +11,7 @@ from wspace.space import WeightSpace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LONGEST = 64  # characters of a name
 MOST = 80  # rows and columns; more cannot be read
 
 
@@ -39,7 +40,9 @@ def _figure(space: WeightSpace, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     params, groups = space.params[:MOST], list(space.groups.values())[:MOST]
-    cell, left, top = 0.21, 2.5, 0.75 if title else 0.45
+    names = [short(p.name, LONGEST) for p in params]
+    left = 0.35 + 0.064 * max(map(len, names), default=0)
+    cell, top = 0.21, 0.75 if title else 0.45
     wide = max(left + cell * len(groups) + 0.4, 4.0)
     tall = top + cell * len(params) + 0.25
     figure = Figure(figsize=(wide, tall), facecolor="white")
@@ -62,6 +65,6 @@ def _figure(space: WeightSpace, title: str) -> "Figure":
     for row, p in enumerate(params):
         y = top + cell * (row + 0.5)
         ax.plot([left, wide - 0.3], [y, y], color=FAINT, lw=0.4, zorder=1)
-        ax.text(left - 0.12, y, short(p.name, 38), size=7, color=DIM if p.buffer else INK,
+        ax.text(left - 0.12, y, names[row], size=7, color=DIM if p.buffer else INK,
                 ha="right", va="center")  # fmt: skip
     return figure

@@ -4,6 +4,7 @@ The dimensions of operands and result are labels of one grid, as in an einsum; u
 parameter coordinates are laid out on that grid.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -35,7 +36,7 @@ class Walk(Protocol):
 
     b: Builder
     state: dict[int, State]
-    uses: dict[int, int]
+    uses: Counter[int]
 
     def of(self, value: Value | None) -> State:
         """State of a value."""
@@ -184,7 +185,7 @@ def _place(
 def _chain(
     b: Builder, a: Operand, c: Operand, lo: Labels, grid: int, sizes: dict[int, int]
 ) -> Weight | None:
-    """Two parameters contracted: a weight with units of its own inside; None if it is not so simple."""
+    """Two parameters contracted: a weight with units inside; None if it is not so simple."""
     assert isinstance(a.state, Weight) and isinstance(c.state, Weight)
     leaves = [*a.state.leaves, *c.state.leaves]
     if any(leaf.inner is not None or leaf.trail for leaf in leaves):
@@ -346,18 +347,24 @@ def _attention(walk: Walk, call: Call) -> list[State]:
         causal = ",causal" if bound.get("is_causal") else ""
         scores = replace(scores, trail=extend(scores.trail, "softmax" + causal), fresh=False)
     mask = bound.get("attn_mask")
-    if isinstance(scores, Units) and isinstance(bias := walk.of(mask), Weight | Units):
+    bias = walk.of(mask)
+    if isinstance(scores, Units) and mask is not None and bias is not None:
         rank = len(lo)
         bias = map_state(bias, lambda a: a.reshape((1,) * (rank - len(mask.shape)) + a.shape))
         if isinstance(bias, Weight):
             walk.b.feature(bias, scores.tracks, rank, "add", "bias")
         else:
-            for b in bias.tracks:
-                walk.b.link(b, scores.tracks[0], "add", bias.trail)
+            _add_units(walk.b, bias, scores)
     middle = Operand(scores, q, lo)
     middle.shape = (*q.shape[:-1], k.shape[-2])  # type: ignore[attr-defined]
     made = combine(walk, middle, operands[2], [*range(lead), t, e], call.outs[0], "linear", "")
     return [made, *[None] * (len(call.outs) - 1)]
+
+
+def _add_units(b: Builder, bias: State, scores: Units) -> None:
+    if isinstance(bias, Units):
+        for t in bias.tracks:
+            b.link(t, scores.tracks[0], "add", bias.trail)
 
 
 def _repeat_heads(a: Ids, old: tuple[int, ...], new: tuple[int, ...]) -> Ids:

@@ -206,18 +206,35 @@ class Naming:
             for a in order
             if not self._is_fixed(a)
         }
-        self.mutual = {
-            (a, b) for b, deps in over.items() for a in deps if b in over.get(a, ()) and a < b
-        }
         self._raw_over = {a: set(deps) for a, deps in over.items()}
+        for a, deps in over.items():  # of two that depend on each other, the later one does
+            deps -= {
+                o
+                for o in self._raw_over[a]
+                if a in self._raw_over.get(o, ()) and order[o] > order[a]
+            }
         kept: dict[int, list[int]] = {}
         for a in sorted(over, key=order.__getitem__):
-            deps = {o for o in over[a] if o not in over or order[o] < order[a]}
-            for o in sorted(deps, key=order.__getitem__, reverse=True):
-                if not set(kept.get(o, ())) <= deps:  # the group would not be closed
-                    deps.discard(o)
-            kept[a] = sorted(deps, key=order.__getitem__)
+            self._close(a, over, order, kept, ())
         return kept
+
+    def _close(
+        self,
+        atom: int,
+        over: dict[int, set[int]],
+        order: dict[int, int],
+        kept: dict[int, list[int]],
+        path: tuple[int, ...],
+    ) -> None:
+        """Fills in ``kept[atom]``: dependences without cycles, and transitive as a group's must be."""
+        if atom in kept or atom not in over:
+            return
+        deps = over[atom] - {*path, atom}
+        for o in sorted(deps, key=order.__getitem__):
+            self._close(o, over, order, kept, (*path, atom))
+        while wrong := {o for o in deps if not set(kept.get(o, ())) <= deps}:
+            deps -= wrong
+        kept[atom] = sorted(deps, key=order.__getitem__)
 
     def _merge_unsplit(self) -> None:
         """Joins factors that stand side by side everywhere and that nothing tells apart."""

@@ -31,7 +31,7 @@ def leftovers(b: Builder) -> None:
 
 
 def _free_parts(b: Builder, value: Value) -> list[set[int]]:
-    """Dimensions that may be permuted, those that depend on each other together; at most two sets."""
+    """Dimensions that may be permuted, in at most two sets; those that depend on others with them."""
     s = b.solver
     dims = [d for d in range(len(value.shape)) if value.shape[d] > 1 and b.free(value, [d])]
     atoms = {d: set(s.resolve(value.axes[d])) for d in dims}
@@ -50,18 +50,18 @@ def _free_parts(b: Builder, value: Value) -> list[set[int]]:
     return parts
 
 
-def finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
+def finish(b: Builder, outputs: dict[int, list[str]], naming: Naming) -> Wiring:
     """The wiring: occurrences of blocks told apart, node sets with what their blocks say of them.
 
     Args:
         b: Node sets and blocks.
-        outputs: Numbers of the sets that the module returns.
+        outputs: Numbers of the sets that the module returns, with their last operators.
         naming: Named groups of the parameters.
 
     Returns:
         The wiring.
     """
-    used = {0} | outputs
+    used = {0, *outputs}
     for block in b.blocks:
         used |= {e.nodes for e in (block.source, block.target) if e is not None}
     number = {old: new for new, old in enumerate(sorted(used))}
@@ -70,7 +70,8 @@ def finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
     axes = {v.names[0]: [naming.axis(t) for t in naming.trees[id(v)]] for v in b.params}
     blocks: list[Block] = []
     seen: Counter[tuple[object, ...]] = Counter()
-    for block in b.blocks:
+    for found in b.blocks:
+        block = found
         if block.source is None:
             key = (
                 block.target.nodes,
@@ -87,6 +88,8 @@ def finish(b: Builder, outputs: set[int], naming: Naming) -> Wiring:
             acts[source].update(dict.fromkeys(_acts(block.tag)))
         _note_groups(groups, block, axes)
         blocks.append(block)
+    for old, trails in outputs.items():
+        acts[old].update((f"out:{x}", None) for trail in trails for x in _acts(trail))
     nodes = tuple(
         NodeSet(
             b.sets.sizes[old],

@@ -8,8 +8,10 @@ over a window of the parameter between two node sets, which is what a `Block` ca
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wspace.trace.unitviews import Ids, compress
 from wspace.wiring import Block, Ends
@@ -24,7 +26,7 @@ class Lost(Exception):
 
 @dataclass(slots=True)
 class Sets:
-    """Node sets under construction: consecutive ranges of global unit numbers; 0 is the global one."""
+    """Node sets under construction: consecutive ranges of unit numbers; 0 is the global one."""
 
     starts: list[int] = field(default_factory=lambda: [0])
     sizes: list[int] = field(default_factory=lambda: [1])
@@ -82,7 +84,7 @@ class Shape:
 
 
 def fit(sets: Sets, coords: Sequence[Ids], ends: Sequence[Ids]) -> list[Shape]:
-    """The blocks that the index arrays of one use amount to; raises `Lost` if there are too many."""
+    """The blocks that the index arrays of one use amount to; raises `Lost` if too many."""
     work = [Grid(tuple(coords), tuple(np.maximum(e, 0) for e in ends))]
     out: list[Shape] = []
     while work:
@@ -129,7 +131,7 @@ def _cut(sets: Sets, grid: Grid) -> list[Grid] | None:
 
 
 def _unmerge(grid: Grid, d: int) -> Grid:
-    """Splits a dimension along which two coordinates advance: a view merged two of a parameter's."""
+    """Splits a dimension in which a view merged two of a parameter's."""
     inner = next((r for c in grid.coords[1:] if (r := _period(c, d, least=2))), 0)
     if not inner:
         raise Lost
@@ -194,7 +196,7 @@ def _by_step(grid: Grid, c: Ids, dims: list[int]) -> list[Grid]:
     raise Lost
 
 
-def _by_row(grid: Grid, labels: Ids) -> list[Grid]:
+def _by_row(grid: Grid, labels: NDArray[Any]) -> list[Grid]:
     """Cuts along a dimension so that rows of equal labels stay together."""
     for d in _varying(labels):
         rows = np.moveaxis(labels, d, 0).reshape(labels.shape[d], -1)
@@ -401,10 +403,10 @@ class Ledger:
                     for run in runs(np.flatnonzero(inverse.reshape(-1) == c))
                 ]
             )
-        found: list[tuple[tuple[tuple[int, int, int], ...], Ids]] = [((), np.ones(len(held), bool))]
+        found: list[tuple[list[tuple[int, int, int]], Ids]] = [([], np.ones(len(held), bool))]
         for column in cells:
-            found = [(w + (run,), live & mask) for w, live in found for run, mask in column]
-        return [w for w, live in found if not live.any()]
+            found = [([*w, run], live & mask) for w, live in found for run, mask in column]
+        return [tuple(w) for w, live in found if not live.any()]
 
 
 def _meet(a: range, b: range) -> bool:
@@ -417,16 +419,9 @@ def _meet(a: range, b: range) -> bool:
 
 def block_of(shape: Shape, param: str, op: str, tag: str, *, again: bool = False) -> Block:
     """The block of a shape: its last end is the target, the one before it, if any, the source."""
-    source = shape.ends[0] if len(shape.ends) > 1 else None
+    *before, target = shape.ends
+    source = before[0] if before else None
     return Block(
-        param,
-        op,
-        source,
-        shape.ends[-1],
-        shape.window,
-        shape.sizes,
-        shape.of,
-        shape.roles,
-        tag,
-        again,
+        *(param, op, source, target, shape.window),
+        *(shape.sizes, shape.of, shape.roles, tag, again),
     )

@@ -142,12 +142,7 @@ def _cat(s: Solver, tensors: list[Value], dim: int) -> Result:
 
 @rule("stack")
 def _stack(s: Solver, tensors: list[Value], dim: int) -> Result:
-    out = list(tensors[0].axes)
-    for other in tensors[1:]:
-        for a, b in zip(out, other.axes, strict=True):
-            s.unify(a, b)
-    out.insert(dim % (len(out) + 1), s.atom(len(tensors), fixed=True))
-    return out
+    return s.stack([t.axes for t in tensors], dim % (len(tensors[0].shape) + 1))
 
 
 @rule("constant_pad_nd")

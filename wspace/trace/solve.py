@@ -21,118 +21,16 @@ When ``h`` is cut into parts, the piece of ``d`` under each part becomes an atom
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 
-Axis = tuple[int, ...]
+from wspace.trace.atoms import Atoms, Axis
+
 Taken = tuple[Axis, list[tuple[int, int]]] | None
 """Part of an axis and the parts of which atoms it lies in; None if no cut gives it."""
 
 
-@dataclass(slots=True)
-class _Cases:
-    """Pieces of an atom under the parts of the atom it depends on."""
-
-    index: int
-    pieces: list[Axis]
-
-
-class Solver:
-    """Union-find over atoms with refinement into products and concatenations."""
-
-    def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._size: list[int] = []
-        self._fixed: list[bool] = []
-        self._over: list[set[int]] = []
-        self._product: dict[int, Axis] = {}
-        self._concat: dict[int, list[Axis]] = {}
-        self._cases: dict[int, _Cases] = {}
-        self._meets: list[tuple[int, set[int]]] = []
-        self._settled_concats: set[int] = set()
-        self._pointers: list[tuple[Axis, Axis]] = []
-
-    # ------------------------------------------------------------------- atoms
-
-    def atom(self, size: int, *, fixed: bool = False, over: Iterable[int] = ()) -> Axis:
-        """A new axis of one atom; ``()`` when `size` is 1."""
-        if size == 1:
-            return ()
-        self._parent.append(len(self._parent))
-        self._size.append(size)
-        self._fixed.append(fixed)
-        self._over.append(set() if fixed else set(over))
-        return (len(self._parent) - 1,)
-
-    def fresh(self, sizes: Sequence[int], *, fixed: bool = False) -> list[Axis]:
-        """New axes of these sizes, one atom each, every one dependent on all the others."""
-        axes = [self.atom(size, fixed=fixed) for size in sizes]
-        atoms = [a for axis in axes for a in axis]
-        for a in atoms:
-            if not fixed:
-                self._over[a] = set(atoms) - {a}
-        return axes
-
-    def depend(self, axis: Axis, on: Iterable[Axis]) -> None:
-        """Lets the free atoms of a new axis depend on the atoms of the axes `on`."""
-        others = {a for other in on for a in other}
-        for a in self.resolve(axis):
-            self._over[a] |= others - {a}
-
-    def find(self, atom: int) -> int:
-        """Representative of an atom."""
-        root = atom
-        while self._parent[root] != root:
-            root = self._parent[root]
-        while self._parent[atom] != root:
-            self._parent[atom], atom = root, self._parent[atom]
-        return root
-
-    def size(self, axis: Axis) -> int:
-        """Number of indices of an axis."""
-        return prod(self._size[a] for a in axis)
-
-    def resolve(self, axis: Axis) -> Axis:
-        """The axis as a product of representatives, with all product bindings expanded."""
-        out: list[int] = []
-        stack = list(reversed(axis))
-        while stack:
-            root = self.find(stack.pop())
-            bound = self._product.get(root)
-            if bound is None:
-                out.append(root)
-            else:
-                stack.extend(reversed(bound))
-        return tuple(out)
-
-    def parts(self, atom: int) -> list[Axis] | None:
-        """The axes that a bound atom concatenates, or None."""
-        return self._concat.get(self.find(atom))
-
-    def cases(self, atom: int) -> tuple[int, list[Axis]] | None:
-        """The atom that indexes the pieces of this one, and the pieces; None if it has none."""
-        case = self._cases.get(self.find(atom))
-        return None if case is None else (self.find(case.index), case.pieces)
-
-    def fixed(self, atom: int) -> bool:
-        """True if no index of the atom may move."""
-        return self._fixed[self.find(atom)]
-
-    def free(self, axis: Axis) -> bool:
-        """True if some atom of the axis may still move."""
-        for a in self.resolve(axis):
-            parts = self._concat.get(a)
-            if any(self.free(p) for p in parts) if parts else not self._fixed[a]:
-                return True
-        return False
-
-    def over(self, atom: int) -> set[int]:
-        """Representatives of the atoms on which this one may still depend."""
-        root = self.find(atom)
-        out = {r for a in self._over[root] for r in self.resolve((a,))} - {root}
-        self._over[root] = set(out)
-        return out
+class Solver(Atoms):
+    """The algebra: unification, refinement into products and concatenations, dependences."""
 
     # -------------------------------------------------------------- unification
 
@@ -177,6 +75,10 @@ class Solver:
 
     def _lead_of_concat(self, atom: int, size: int) -> Axis | None:
         """A concatenation of equal blocks as (fixed index, piece that depends on it)."""
+        self._join_pieces(atom)
+        if self.find(atom) not in self._concat:
+            return self._lead(atom, size)
+        atom = self.find(atom)
         step = self._size[atom] // size
         pieces = [self._take_concat(atom, i * step, (i + 1) * step) for i in range(size)]
         if any(p is None for p in pieces):
@@ -184,17 +86,24 @@ class Solver:
         first = self.atom(size, fixed=True)
         second = self.atom(step, over=first)
         self._concat[first[0]] = [() for _ in range(size)]
-        self._cases[second[0]] = _Cases(first[0], [p for p in pieces if p is not None])
+        self._cases[second[0]] = (first[0], [p for p in pieces if p is not None])
         del self._concat[atom]
         self._product[atom] = first + second
         return first + second
+
+    def _join_pieces(self, index: int) -> None:
+        """Ends all distinctions by the parts of an atom, before its parts change."""
+        for atom, (by, pieces) in list(self._cases.items()):
+            if self.find(by) == index and self._cases.pop(atom, None):
+                for piece in pieces:
+                    self.unify(piece, (atom,))
 
     def _bind_product(self, atom: int, axis: Axis) -> None:
         case = self._cases.pop(atom, None)
         self._product[atom] = axis
         if case is not None:
-            for j, piece in enumerate(case.pieces):
-                self.unify(piece, self.restrict(axis, case.index, j))
+            for j, piece in enumerate(case[1]):
+                self.unify(piece, self.restrict(axis, case[0], j))
 
     def _merge(self, x: int, y: int) -> None:
         x, y = self.find(x), self.find(y)
@@ -212,23 +121,33 @@ class Solver:
             return
         if x in self._concat:
             x, y = y, x
-        case = self._cases.pop(x, None)
+        case, own = self._cases.pop(x, None), self._cases.get(y)
         self._meets.append((y, self._over[x]))
         self._meets.append((y, set(self._over[y])))
         self._parent[x] = y
-        if case is None:
+        if case is None and own is None:
             return
-        own = self._cases.get(y)
-        if own is not None and self.find(own.index) == self.find(case.index):
-            for p, q in zip(own.pieces, case.pieces, strict=True):
-                self.unify(p, q)
-        elif own is not None or y in self._concat:
-            for piece in case.pieces:
-                self.unify(piece, (y,))
+        if case is None or own is None:
+            case = self._cases[y] = case or own or (0, [])
+            whole = y in self._concat or self.find(case[0]) == y
+            if not whole and all(y not in self.resolve(piece) for piece in case[1]):
+                return
+            del self._cases[y]  # equal to a piece of its own: the pieces are all alike
+            pieces = [((y,), piece) for piece in case[1]]
+        elif self.find(own[0]) == self.find(case[0]):
+            pieces = list(zip(own[1], case[1], strict=True))
         else:
-            self._cases[y] = case
+            pieces = [((y,), piece) for piece in case[1]]
+        for a, b in pieces:
+            self.unify(a, b)
 
     def _merge_concats(self, x: int, y: int) -> None:
+        if self._cuts(x) != self._cuts(y):
+            self._join_pieces(x)
+            x, y = self.find(x), self.find(y)
+            if x == y or x not in self._concat or y not in self._concat:
+                self.unify((x,), (y,))
+                return
         cuts = sorted({*self._cuts(x), *self._cuts(y)})
         for start, stop in pairwise(cuts):
             p, q = self._take_concat(x, start, stop), self._take_concat(y, start, stop)
@@ -264,7 +183,7 @@ class Solver:
             self._fixed[root] = True
             case = self._cases.pop(root, None)
             if case is not None:
-                stack.extend(a for piece in case.pieces for a in piece)
+                stack.extend(a for piece in case[1] for a in piece)
 
     # ---------------------------------------------------------- shape operators
 
@@ -283,7 +202,7 @@ class Solver:
                 elif head and head % room == 0 and (lead := self._lead(pending[0], room)):
                     pending[:1] = self.resolve(lead)
                 else:
-                    self.freeze(tuple(taken + pending))
+                    self.freeze(tuple(a for axis in axes for a in axis))
                     return [self.atom(s, fixed=True) for s in shape]
             out.append(tuple(taken))
         return out
@@ -298,6 +217,22 @@ class Solver:
             self._concat[axis[0]] = [tuple(p) for p in parts]
         return axis
 
+    def stack(self, parts: Sequence[Sequence[Axis]], dim: int) -> list[Axis]:
+        """Axes of tensors stacked along a new dimension; each keeps its own where they differ."""
+        index = self.atom(len(parts), fixed=True)
+        if index:
+            self._concat[index[0]] = [()] * len(parts)
+        out: list[Axis] = []
+        for column in zip(*parts, strict=True):
+            pieces = [self.resolve(axis) for axis in column]
+            if not index or all(p == pieces[0] for p in pieces):
+                out.append(pieces[0])
+                continue
+            axis = self.atom(self.size(pieces[0]), over=index)
+            self._cases[axis[0]] = (index[0], pieces)
+            out.append(axis)
+        return [*out[:dim], index, *out[dim:]]
+
     def narrow(self, axes: Sequence[Axis], dim: int, start: int, stop: int) -> list[Axis]:
         """Axes after keeping the indices ``start:stop`` of one dimension."""
         axes = [self.resolve(axis) for axis in axes]
@@ -310,6 +245,7 @@ class Solver:
         ):
             axes[dim] = self.atom(stop - start, fixed=True)
             return axes
+        self._orient(axis, [a for other in axes for a in other])
         taken = self._take(axis, start, stop)
         if taken is None:
             self.freeze(axis)
@@ -321,6 +257,14 @@ class Solver:
                 for index, j in path:
                     axes[i] = self.restrict(axes[i], index, j)
         return axes
+
+    def _orient(self, axis: Axis, atoms: list[int]) -> None:
+        """Before a cut: of two atoms that depend on each other, only the later keeps doing so."""
+        for x in axis:
+            for a in atoms:
+                if a in self.over(x) and x in self.over(a):
+                    first, second = sorted((a, x), key=atoms.index)
+                    self.forget(first, {second})
 
     def _take(self, axis: Axis, start: int, stop: int) -> Taken:
         """Indices ``start:stop`` of an axis, and the parts of which atoms they lie in."""
@@ -366,12 +310,12 @@ class Solver:
         for part, (a, b) in zip(parts, pairwise(cuts), strict=True):
             if case is None:
                 continue
-            taken = [self._take(piece, a, b) for piece in case.pieces]
+            taken = [self._take(piece, a, b) for piece in case[1]]
             if part and all(t is not None for t in taken):
-                self._cases[part[0]] = _Cases(case.index, [t[0] for t in taken if t is not None])
+                self._cases[part[0]] = (case[0], [t[0] for t in taken if t is not None])
             else:
                 self.freeze(part)
-                for piece in case.pieces:
+                for piece in case[1]:
                     self.freeze(piece)
 
     def _take_parts(self, lead: int, rest: Axis, start: int, stop: int) -> Taken:
@@ -413,15 +357,15 @@ class Solver:
         """The piece of `atom` under part `j` of `index`; the atom itself if it does not depend."""
         atom, index = self.find(atom), self.find(index)
         case = self._cases.get(atom)
-        if case is not None and self.find(case.index) == index:
-            return case.pieces[j]
+        if case is not None and self.find(case[0]) == index:
+            return case[1][j]
         if index not in self.over(atom):
             return (atom,)
         if case is not None or atom in self._concat or self._fixed[atom]:
             self.forget(atom, {index})
             return (atom,)
         pieces = [self.atom(self._size[atom]) for _ in self._concat[index]]
-        self._cases[atom] = _Cases(index, pieces)
+        self._cases[atom] = (index, pieces)
         others = self.over(atom) - {index}
         for i, (piece, part) in enumerate(zip(pieces, self._concat[index], strict=True)):
             over = set(part)
@@ -436,13 +380,22 @@ class Solver:
         if self.over(atom) & indices:
             self._over[atom] -= indices
         case = self._cases.get(atom)
-        if case is not None and self.find(case.index) in indices:
+        if case is not None and self.find(case[0]) in indices:
             del self._cases[atom]
-            for piece in case.pieces:
+            for piece in case[1]:
                 self.unify(piece, (atom,))
+        elif case is not None:
+            for j, piece in enumerate(case[1]):
+                under = self._under(indices, case[0], j)
+                for a in self.resolve(piece):
+                    self.forget(a, under)
         for part in self._concat.get(self.find(atom), ()):
             for a in self.resolve(part):
                 self.forget(a, indices)
+
+    def _under(self, atoms: set[int], index: int, j: int) -> set[int]:
+        """Atoms as they are under part `j` of an index, together with what they are in all."""
+        return atoms | {p for a in atoms for p in self.restrict((a,), index, j)}
 
     def mix(self, axes: Sequence[Axis], dims: Iterable[int]) -> None:
         """Ends every dependence on the atoms of `dims`: an operator mixes along them."""
@@ -506,4 +459,12 @@ class Solver:
         extra = self.over(atom) - context
         if extra:
             self.forget(atom, extra)
-        return not self._over[self.find(atom)]
+        case = self._cases.get(self.find(atom))
+        if case is None:
+            return not self._over[self.find(atom)]
+        for j, piece in enumerate(case[1]):
+            inner = self._under(context | set(self.resolve(piece)), case[0], j)
+            inner |= set(self.resolve(self._concat[self.find(case[0])][j]))
+            for a in self.resolve(piece):
+                self._check(a, inner)
+        return False

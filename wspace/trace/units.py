@@ -231,10 +231,8 @@ class Builder:
     def named_by(
         self, arrays: Sequence[Ids], shape: Sequence[int], dims: set[int], op: str, *, fixed: bool
     ) -> Ids:
-        """New units over `dims`, one for each index that the arrays tell apart.
-
-        Batch and heads merged into one dimension repeat the same heads for every batch entry.
-        """
+        """New units over `dims`, one for each index that the arrays tell apart."""
+        # batch and heads merged into one dimension repeat the same heads for every batch entry
         codes = {d: _codes(arrays, d) for d in sorted(dims)}
         sizes = [
             1 if d not in dims else n if codes[d] is None else int(codes[d].max()) + 1  # type: ignore[union-attr]
@@ -256,7 +254,7 @@ class Builder:
             varies = set().union(*(varying(c, rank) for c in leaf.coords))
             order = sorted(tracks, key=lambda t: -len(varying(t, rank) & varies))
             extra = leaf.coords[0].ndim - rank
-            ends = tuple(t.reshape(*t.shape, *[1] * extra) for t in order[:1])
+            ends = tuple(t.reshape(*t.shape, *[1] * extra) if extra else t for t in order[:1])
             if not ends:
                 ends = (np.zeros((1,) * (rank + extra), np.int64),)
             others = [t for t in order[1:] if varying(t, rank) & (varies - varying(order[0], rank))]
@@ -344,7 +342,7 @@ class Builder:
         linear: bool,
         ordered: bool,
     ) -> Units:
-        """The result of an elementwise operator on several activations.
+        """The operands' units if they are the same, else new ones joined by structural blocks.
 
         Args:
             items: Operands aligned with the result, and whether nothing else reads each.

@@ -93,7 +93,7 @@ def slices(a: Ids, dim: int, start: int, stop: int, step: int = 1) -> Ids:
 
 
 def _drop(a: Ids, dim: int, index: int) -> Ids:
-    return a.take(0 if a.shape[dim] == 1 else index, dim)
+    return np.asarray(a.take(0 if a.shape[dim] == 1 else index, dim))
 
 
 def views(call: Call) -> list[View] | None:
@@ -212,7 +212,7 @@ def _reorder(x: Value, bound: dict[str, Any], call: Call) -> list[View] | None:
         return None
     dims = [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
     if call.name == "flip":
-        return [lambda a: np.flip(a, dims)]
+        return [lambda a: np.flip(a, tuple(dims))]
     return [lambda a: np.roll(a, bound["shifts"], dims)]
 
 
@@ -298,7 +298,7 @@ def _diagonal(x: Value, bound: dict[str, Any], call: Call) -> list[View]:
 
 @_view("view_as_complex")
 def _to_complex(x: Value, bound: dict[str, Any], call: Call) -> list[View]:
-    return [lambda a: a.take(0, len(x.shape) - 1)]
+    return [lambda a: np.asarray(a.take(0, len(x.shape) - 1))]
 
 
 @_view("view_as_real")

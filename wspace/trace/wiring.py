@@ -31,6 +31,7 @@ from wspace.trace.units import (
     varying,
 )
 from wspace.trace.unitviews import Ids, slices, views
+from wspace.trace.weights import blend, drop, join_weights, reduce_weight
 from wspace.wiring import Wiring
 
 _LINEAR = frozenset("add sub rsub copy index_put index_add scatter_add slice_scatter "
@@ -98,6 +99,7 @@ class _Walk:
         }
         self.uses = Counter(id(v) for call in program.calls for v in call.ins)
         self.uses.update(id(v) for v in program.outputs)
+        self.shaped: dict[tuple[int, tuple[int, ...]], tuple[Ids, Ids]] = {}
 
     def step(self, call: Call) -> None:
         """One call."""
@@ -174,9 +176,10 @@ class _Walk:
             return state
         bound = arguments(call)
         rank = len(call.ins[0].shape)
-        indices = bound.get("indices") or {bound.get("dim"): bound.get("index")}
-        pairs = indices.items() if isinstance(indices, dict) else enumerate(indices)
-        dims = {d % rank for d, i in pairs if i is not None and i.data is None}
+        pairs = [(bound.get("dim"), bound.get("index"))]
+        if "indices" in bound:
+            pairs = list(enumerate(bound["indices"]))
+        dims = {d % rank for d, i in pairs if i is not None and i.data is None}  # type: ignore[operator]
         tracks = state.tracks + state.kept if isinstance(state, Units) else ()
         if isinstance(state, Units) and any(varying(t, rank) & dims for t in tracks):
             return self.b.reduce(state, call.ins[0], rank, dims, call.name)
@@ -207,13 +210,12 @@ class _Walk:
         if not units:
             if op not in ("copy",) and any(v.kind == "input" for v in values) and weights:
                 return self._on_input(weights, values, out, op)
-            return _blend([w for _, w in weights], label)
+            return blend([w for _, w in weights], label)
         if len(units) == 1:
             result = units[0][0]
-            bare = op in ("add", "sub", "copy") or op in _DROPPED
-            if not (bare and (weights or len(values) > 1 and op != "sub")):
-                if op not in _DROPPED:
-                    result = replace(result, trail=extend(result.trail, label), fresh=False)
+            quiet = op in _DROPPED or (op in ("add", "sub", "copy") and weights)
+            if not quiet:
+                result = replace(result, trail=extend(result.trail, label), fresh=False)
         else:
             linear = op in _LINEAR
             ordered = op in ("sub", "rsub") or not (linear or op in _SYMMETRIC)
@@ -222,8 +224,8 @@ class _Walk:
             if not result.tracks:
                 result = self.b.realise(result, rank)
             slot = {"add": "bias", "mul": "scale", "copy": "bias"}.get(op, f"{op}.{i}")
-            trail = result.trail if units[0][0].trail != result.trail else units[0][0].trail
-            self.b.feature(weight, result.tracks, rank, op, f"{slot}@{trail}" if trail else slot)
+            slot = f"{slot}@{result.trail}" if result.trail else slot
+            self.b.feature(weight, result.tracks, rank, op, slot)
         return result
 
     def _with_units(
@@ -246,7 +248,8 @@ class _Walk:
                 if new and not any(leaf.inner is not None for leaf in s.leaves):
                     units = self.b.new_units(out.shape, moves, "input", "weight", False)
                     self.b.feature(s, (units,), rank, "learned", "learned")
-                    s = Units((units,))
+                    made.append((Units((units,)), single))
+                    continue
             made.append((s, single))
         return made
 
@@ -275,7 +278,7 @@ class _Walk:
         rank = len(x.shape)
         known = [s for v in call.ins if (s := self.of(v)) is not None]
         if all(isinstance(s, Weight) for s in known) and isinstance(self.of(x), Weight):
-            return [_blend([s for s in known if isinstance(s, Weight)], _label(call))]
+            return [blend([s for s in known if isinstance(s, Weight)], _label(call))]
         state = self._units(x, {1} if call.name in _BATCH_NORMS else {rank - 1}, call)
         if call.name in _BATCH_NORMS:
             slots = [bound.get(n) for n in ("weight", "bias", "running_mean", "running_var")]
@@ -286,14 +289,19 @@ class _Walk:
             weight = self.of(value)
             if not isinstance(weight, Weight) or value is None:
                 continue
-            if call.name in _BATCH_NORMS or call.name == "native_group_norm":
-                shape = (-1, *[1] * (rank - 2))
-                weight = map_state(weight, lambda a, s=shape: a.reshape(s))
-                weight = aligned(weight, rank - 1, rank)
-            else:
-                weight = aligned(weight, len(value.shape), rank)
+            channels = call.name in _BATCH_NORMS or call.name == "native_group_norm"
+            shape = (1, -1, *[1] * (rank - 2)) if channels else (1,) * (rank - len(value.shape))
+            weight = map_state(weight, lambda a, s=shape, c=channels: self._shaped(a, s, whole=c))
             self.b.feature(weight, state.tracks, rank, "norm", f"{slot}@{trail}")  # type: ignore[arg-type]
         return [Units(state.tracks, trail), *[None] * (len(call.outs) - 1)]
+
+    def _shaped(self, a: Ids, shape: tuple[int, ...], *, whole: bool) -> Ids:
+        """An array in another shape (or with leading ones), the same object each time."""
+        key = (id(a), shape)
+        if key not in self.shaped:
+            new = a.reshape(shape if whole else shape + a.shape)
+            self.shaped[key] = (new, a)
+        return self.shaped[key][0]
 
     def _units(self, value: Value, dims: set[int], call: Call) -> Units:
         """State of a value as an activation with units."""
@@ -329,7 +337,7 @@ class _Walk:
             if any(x.shape[d] != out.shape[d] for d in varying(a, rank)):
                 raise Lost
         if isinstance(state, Weight):
-            return [_blend([state], _label(call)), *[None] * (len(call.outs) - 1)]
+            return [blend([state], _label(call)), *[None] * (len(call.outs) - 1)]
         if call.name not in _DROPPED:
             state = replace(state, trail=extend(state.trail, _label(call)), fresh=False)
         return [state, *[None] * (len(call.outs) - 1)]
@@ -343,21 +351,11 @@ class _Walk:
         gone = () if bound.get("keepdim") else tuple(sorted(dims))
         name = _label(call)
         if isinstance(state, Weight):
-            leaves = tuple(
-                replace(
-                    leaf,
-                    coords=tuple(_drop(c, dims, gone) for c in leaf.coords),
-                    trail=extend(leaf.trail, name),
-                    whole=leaf.whole
-                    or (leaf.coords if any(varying(c, rank) & dims for c in leaf.coords) else ()),
-                )
-                for leaf in state.leaves
-            )
-            return [Weight(leaves) for _ in call.outs]
+            return [reduce_weight(state, rank, dims, gone, name)] * len(call.outs)
         if not isinstance(state, Units):
             return [None] * len(call.outs)
         new = self.b.reduce(state, x, rank, dims, name)
-        return [map_state(new, lambda a: _drop(a, dims, gone)) for _ in call.outs]
+        return [map_state(new, lambda a: drop(a, dims, gone)) for _ in call.outs]
 
     def _glu(self, call: Call) -> State:
         x, out = call.ins[0], call.outs[0]
@@ -402,7 +400,7 @@ class _Walk:
             sizes = [v.shape[d] for v in values]
         units = [s for s in states if isinstance(s, Units)]
         if not units:
-            return _cat_weights(states, sizes, d, rank)
+            return join_weights(states, sizes, d, rank)
         return self._cat_units(states, sizes, d, out)
 
     def _cat_units(self, states: list[State], sizes: list[int], d: int, out: Value) -> State:
@@ -441,26 +439,21 @@ class _Walk:
 
     # ------------------------------------------------------------------- results
 
-    def outputs(self, values: list[Value]) -> set[int]:
-        """Numbers of the sets that the module returns."""
-        found: set[int] = set()
+    def outputs(self, values: list[Value]) -> dict[int, list[str]]:
+        """Numbers of the sets that the module returns, each with what was applied to them last."""
+        found: dict[int, list[str]] = {}
         for value in values:
             state = self.of(value)
             if isinstance(state, Units):
                 state = self.b.realise(state, len(value.shape))
                 for t in state.tracks:
-                    found |= set(np.unique(self.b.sets.each(np.maximum(t, 0))).tolist())
+                    for number in np.unique(self.b.sets.each(np.maximum(t, 0))).tolist():
+                        found.setdefault(number, []).append(state.trail)
         return found
 
 
 def _but(shape: Sequence[int], d: int) -> tuple[int, ...]:
     return tuple(1 if i == d else n for i, n in enumerate(shape))
-
-
-def _drop(a: Ids, dims: set[int], gone: tuple[int, ...]) -> Ids:
-    for d in dims:
-        a = a.take([0], d) if a.shape[d] > 1 else a
-    return a.squeeze(gone) if gone else a
 
 
 def _check(value: Value, state: State) -> None:
@@ -482,35 +475,3 @@ def _label(call: Call) -> str:
     if call.name in ("eq", "ne", "index_add"):  # numbers of experts, in no particular order
         return call.name
     return call.name.strip("_") + (f"({','.join(numbers)})" if numbers else "")
-
-
-def _blend(weights: list[Weight], op: str) -> Weight:
-    """A weight computed elementwise from others; a parameter counts once."""
-    leaves: dict[int, Any] = {}
-    for w in weights:
-        for leaf in w.leaves:
-            old = leaves.get(leaf.param)
-            if old is None or (old.whole and not leaf.whole):
-                leaves[leaf.param] = replace(leaf, trail=extend(leaf.trail, op))
-    return Weight(tuple(leaves.values()))
-
-
-def _cat_weights(states: list[State], sizes: list[int], d: int, rank: int) -> Weight:
-    leaves = []
-    start, total = 0, sum(sizes)
-    for s, n in zip(states, sizes, strict=True):
-        for leaf in s.leaves if isinstance(s, Weight) else ():
-            coords = []
-            for k, c in enumerate(leaf.coords):
-                if k and c.shape[d] == 1:
-                    coords.append(c)
-                    continue
-                full = list(c.shape)
-                full[d] = n
-                rim = [(0, 0)] * c.ndim
-                rim[d] = (start, total - start - n)
-                padded = np.broadcast_to(c, full)
-                coords.append(np.pad(padded, rim, constant_values=0 if k else -1))
-            leaves.append(replace(leaf, coords=tuple(coords)))
-        start += n
-    return Weight(tuple(leaves))
