@@ -58,7 +58,7 @@ format: setup  ## format the code and apply the safe fixes
 
 bench: setup  ## install what we compare with, and measure
 	$(PIP) install -c constraints.txt -e '.[bench]'
-	$(BIN)/wspace bench
+	$(BIN)/python benchmarks/run.py
 
 clean:  ## remove everything that was generated
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

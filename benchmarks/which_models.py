@@ -41,6 +41,45 @@ SECONDS = 8
 NORMS_OVER_UNITS = ("LayerNorm", "RMSNorm", "GroupNorm", "LlamaRMSNorm", "T5LayerNorm")
 
 
+# The cases have sizes with no common factors, so that no mistake can hide; tools that expect
+# width = heads * head size are asked about models of that kind, too.
+
+
+def usual_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_SIZES))
+
+
+def usual_mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(**_SIZES, num_local_experts=4, experts_implementation="eager")
+    )
+
+
+def usual_attention() -> nn.Module:
+    import cases_attention as attention
+
+    return attention.TokenClassifier(attention.FusedAttention("permute", 12, 3, 4), 12)
+
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+USUAL: dict[str, Callable[[], nn.Module]] = {
+    "llama_usual_sizes": usual_llama,
+    "mixtral_usual_sizes": usual_mixtral,
+    "attention_timm_layout": usual_attention,
+}
+
+
 class Plain(nn.Module):
     """A model that takes tensors by position and returns one tensor, as the peers expect."""
 
@@ -62,7 +101,15 @@ class Plain(nn.Module):
 def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     import cases  # of the tests; `harness` has put them on the path
 
-    module, args, kwargs = cases.build(name)
+    if name in USUAL:
+        torch.manual_seed(0)
+        module, args, kwargs = USUAL[name]().double().eval(), (), {}
+        if hasattr(module, "config"):
+            kwargs["input_ids"] = torch.arange(14).reshape(2, 7)
+        else:
+            args = (torch.randn(2, 7, 5, dtype=torch.float64),)
+    else:
+        module, args, kwargs = cases.build(name)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for t in (*module.parameters(), *module.buffers()):
@@ -336,7 +383,7 @@ def main() -> None:
     pruning, rebasin = peer("torch_pruning"), peer("rebasin")
     absent = {"verdict": "not installed", "right": False}
     rows, figures = [], {}
-    for name in options.only or MODELS:
+    for name in options.only or [*MODELS, *USUAL]:
         found = {"wspace": attempt(lambda n=name: judge_wspace(*build(n), options.rounds))}
         found["rebasin"] = (
             attempt(lambda n=name: judge_rebasin(rebasin, *build(n), options.rounds))

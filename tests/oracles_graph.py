@@ -172,6 +172,8 @@ class Clamp:
                 self.handles.append(m.register_forward_hook(lambda m, x, y: x[0] * 1.25))
         self._run()
         self.clamp = True
+        self._run()
+        self.before = {n: x[0] for n, x in self.inputs.items()}
 
     def _hook(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
@@ -202,14 +204,11 @@ class Clamp:
 
     def reached(self, name: str, unit: int) -> dict[str, set[int]]:
         """Input channels of every contraction that an output channel of one reaches."""
-        self.shift = None
-        self._run()
-        before = {n: x[0] for n, x in self.inputs.items()}
         self.shift = name, unit
         out: dict[str, set[int]] = defaultdict(set)
-        for self.size in (0.37, 50.0, -50.0):  # so that no rectifier hides it
+        for self.size in (0.37, -50.0):  # so that no rectifier hides it
             self._run()
             for n, x in self.inputs.items():
-                changed = (x[0] != before[n]).movedim(self.channel(n), 0).flatten(1).any(1)
+                changed = (x[0] != self.before[n]).movedim(self.channel(n), 0).flatten(1).any(1)
                 out[n] |= set(changed.nonzero().flatten().tolist())
         return out

@@ -86,7 +86,7 @@ CAPTURE = (
     "torch._dynamo",
 )
 ONLY = [
-    (CAPTURE, ("wspace.trace.capture",)),
+    (CAPTURE, ("wspace.trace.capture", "wspace.trace.sandbox")),
     (("lightning", "pytorch_lightning"), ("wspace.lit",)),
 ]
 TORCH_FREE = ("wspace.space", "wspace.trace.solve")

@@ -1,6 +1,6 @@
 """Result shapes of frequent operators, on the meta device, without their slow Python functions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,23 +12,12 @@ def _batch_norm_shape(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...
     return torch.empty_like(x), empty, empty
 
 
-def _convolution_shape(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _convolution_shape(x: Tensor, w: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """Shape of a convolution's result; what does not fit goes to PyTorch's own check."""
+    stride, padding, dilation, transposed, output_padding, groups = options
     source, rank = (w.shape[0], w.dim() - 2) if transposed else (w.shape[1] * groups, w.dim() - 2)
     if x.shape[1] != source or not len(stride) == len(padding) == len(dilation) == rank:
-        return torch.ops.aten.convolution(
-            x, w, bias, stride, padding, dilation, transposed, output_padding, groups
-        )
+        return torch.ops.aten.convolution(x, w, bias, *options)
     sizes = []
     for i in range(rank):
         n, reach = x.shape[2 + i], dilation[i] * (w.shape[2 + i] - 1)
