@@ -29,6 +29,7 @@ from harness import finish, ms, peer, start, table, timed
 from torch import Tensor, nn
 
 import wspace
+from wspace.errors import NotASymmetry
 
 MODELS = """
 mlp autoencoder_tied siren mlp_batchnorm lstm vgg lenet resnet18 densenet mobilenet_v3
@@ -59,10 +60,32 @@ def usual_mixtral() -> nn.Module:
     )
 
 
-def usual_attention() -> nn.Module:
-    import cases_attention as attention
+def usual_shufflenet() -> nn.Module:
+    import cases_conv as conv
 
-    return attention.TokenClassifier(attention.FusedAttention("permute", 12, 3, 4), 12)
+    return nn.Sequential(
+        conv.conv_bn(3, 24, 3, 2), nn.ReLU(), conv.ShuffleUnit(24, 116, 2),
+        conv.ShuffleUnit(116, 116, 1), conv.ShuffleUnit(116, 232, 2), conv.head(232),
+    )  # fmt: skip
+
+
+class UsualAttention(nn.Module):
+    """Attention with a fused projection, laid out as timm's, on embedded tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 6
+        self.embed, self.qkv = nn.Linear(5, 24), nn.Linear(24, 72)
+        self.proj, self.head = nn.Linear(24, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = (q * self.head_dim**-0.5 @ k.transpose(-2, -1)).softmax(-1)
+        x = x + self.proj((weights @ v).transpose(1, 2).reshape(b, n, -1))
+        return self.head(x.mean(1))
 
 
 _SIZES = {
@@ -74,9 +97,10 @@ _SIZES = {
     "vocab_size": 100,
 }
 USUAL: dict[str, Callable[[], nn.Module]] = {
+    "shufflenet_usual_sizes": usual_shufflenet,
     "llama_usual_sizes": usual_llama,
     "mixtral_usual_sizes": usual_mixtral,
-    "attention_timm_layout": usual_attention,
+    "attention_timm_layout": UsualAttention,
 }
 
 
@@ -107,7 +131,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         if hasattr(module, "config"):
             kwargs["input_ids"] = torch.arange(14).reshape(2, 7)
         else:
-            args = (torch.randn(2, 7, 5, dtype=torch.float64),)
+            shape = (2, 3, 32, 32) if isinstance(module, nn.Sequential) else (2, 7, 5)
+            args = (torch.randn(shape, dtype=torch.float64),)
     else:
         module, args, kwargs = cases.build(name)
     generator = torch.Generator().manual_seed(0)
@@ -174,14 +199,12 @@ def median_of(call: Callable[[], object], rounds: int) -> float:
 def judge_wspace(model: nn.Module, inputs: tuple[Tensor, ...], rounds: int) -> dict[str, Any]:
     space = wspace.trace(model, inputs)
     seconds = median_of(lambda: wspace.trace(model, inputs), rounds)
-    report = wspace.verify(space, model, inputs)
-    return {
-        "seconds": seconds,
-        "verdict": f"right, {report.max_error:.0e}",
-        "groups": len(space.groups),
-        "coverage": space.coverage,
-        "right": True,
-    }
+    out = {"seconds": seconds, "groups": len(space.groups), "coverage": space.coverage}
+    try:
+        report = wspace.verify(space, model, inputs)
+    except NotASymmetry as error:
+        return out | {"verdict": "WRONG: NotASymmetry", "right": False, "error": str(error)}
+    return out | {"verdict": f"right, {report.max_error:.0e}", "right": True}
 
 
 def judge_rebasin(

@@ -206,7 +206,7 @@ class Clamp:
         """Input channels of every contraction that an output channel of one reaches."""
         self.shift = name, unit
         out: dict[str, set[int]] = defaultdict(set)
-        for self.size in (0.37, -50.0):  # so that no rectifier hides it
+        for self.size in (0.37, 50.0, -50.0):  # so that no rectifier hides it
             self._run()
             for n, x in self.inputs.items():
                 changed = (x[0] != self.before[n]).movedim(self.channel(n), 0).flatten(1).any(1)

@@ -389,6 +389,10 @@ def test_wrong_states_are_refused() -> None:
         encode(space, {k: x for k, x in state.items() if k != name})
     with pytest.raises(SpaceMismatch, match=name):
         encode(space, state).replace({name: state[name][:1]})
+    tied, values = traced("language_model_tied")
+    tie = next(t for p in tied.params for t in p.ties)
+    with pytest.raises(SpaceMismatch, match=tie):
+        encode(tied, {**values, tie: values[tie] + 1})
     with pytest.raises(SpaceMismatch, match="no wiring"):
         encode(WeightSpace(space.params), state)
 

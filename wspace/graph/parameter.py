@@ -215,7 +215,8 @@ def encode(space: WeightSpace, state: Mapping[str, Tensor]) -> ParameterGraph:
         The graph; `decode` inverts it bit for bit.
 
     Raises:
-        SpaceMismatch: If the state does not fit the space, or the space has no wiring.
+        SpaceMismatch: If the state does not fit the space, tied names hold different values, or
+            the space has no wiring.
 
     Example:
         >>> import torch, wspace
@@ -229,10 +230,32 @@ def encode(space: WeightSpace, state: Mapping[str, Tensor]) -> ParameterGraph:
     """
     structure_of(space)
     space.validate(state)
+    _check_ties(space, state)
     known = space.by_name
     values = {p.name: state[p.name] for p in space.params}
     rest = {name: x for name, x in state.items() if name not in known}
     return ParameterGraph(space, MappingProxyType(values), MappingProxyType(rest))
+
+
+def _check_ties(space: WeightSpace, state: Mapping[str, Tensor]) -> None:
+    """Refuses a state in which tied names differ: one of the two would be lost."""
+    wrong: list[str] = []
+    for p in space.params:
+        x = state[p.name]
+        for name in p.ties:
+            y = state.get(name, x)
+            if y is x or y.is_meta or (y.data_ptr() == x.data_ptr() and y.shape == x.shape):
+                continue
+            if y.shape != x.shape or not torch.equal(x, y):
+                wrong.append(f"{p.name!r} and {name!r}, which are one parameter, with two values")
+    if wrong:
+        raise SpaceMismatch(
+            message(
+                "encode: tied parameters differ",
+                got=wrong,
+                help="trace the module with these parameters untied",
+            )
+        )
 
 
 def decode(graph: ParameterGraph) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ parameter coordinates are laid out on that grid.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +59,29 @@ class Operand:
         return dict(zip(self.labels, shape, strict=True))
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a contraction makes: labels of the result, its value, kind and attributes of blocks."""
+
+    labels: Labels
+    out: Value
+    op: str
+    tag: str = ""
+
+    def units(
+        self, b: Builder, arrays: Sequence[Ids], wanted: set[int], sizes: Sequence[int]
+    ) -> Ids:
+        """New units over the wanted labels, on the grid."""
+        dims = [i for i, d in enumerate(self.labels) if d in wanted]
+        if len(self.out.shape) == len(self.labels):
+            fixed = not b.free(self.out, dims)
+        elif self.op == "conv":
+            fixed = not b.free(self.out, [1])
+        else:
+            fixed = not b.any_free([arrays])
+        return b.named_by(arrays, sizes, wanted, self.op, fixed=fixed)
+
+
 def contract(
     walk: Walk,
     values: tuple[Value, Value],
@@ -82,38 +105,40 @@ def contract(
     """
     a = Operand(walk.of(values[0]), values[0], labels[0])
     c = Operand(walk.of(values[1]), values[1], labels[1])
-    return combine(walk, a, c, labels[2], out, op, tag)
+    return combine(walk, a, c, Goal(labels[2], out, op, tag))
 
 
-def combine(walk: Walk, a: Operand, c: Operand, lo: Labels, out: Value, op: str, tag: str) -> State:
+def combine(walk: Walk, a: Operand, c: Operand, goal: Goal) -> State:
     """As `contract`, for operands that may have been reshaped."""
-    grid = 1 + max([*a.labels, *c.labels, *lo], default=0)
-    sizes = {**a.sizes(), **c.sizes()}
     for operand in (a, c):
         if isinstance(operand.state, Units):
             operand.state = walk.b.realise(operand.state, len(operand.labels))
     if isinstance(a.state, Weight) and isinstance(c.state, Weight):
-        if (chain := _chain(walk.b, a, c, lo, grid, sizes)) is not None:
+        if (chain := _chain(walk.b, a, c, goal.labels)) is not None:
             return chain
-        summed = {i for i, x in enumerate(a.labels) if x in c.labels and x not in lo}
-        a.state = walk.b.materialise(a.state, a.value, summed, op)
+        summed = {i for i, x in enumerate(a.labels) if x in c.labels and x not in goal.labels}
+        a.state = walk.b.materialise(a.state, a.value, summed, goal.op)
     if isinstance(a.state, Weight):
         a, c = c, a
     if isinstance(c.state, Weight):
-        return _weigh(walk, a, c, lo, grid, sizes, out, op, tag)
-    return _product(walk, a, c, lo, grid, sizes, out)
+        return _weigh(walk, a, c, goal)
+    return _product(walk, a, c, goal)
+
+
+def _grid(a: Operand, c: Operand, lo: Labels) -> list[int]:
+    """Size of every label."""
+    sizes = {**a.sizes(), **c.sizes()}
+    return [sizes.get(d, 1) for d in range(1 + max([*sizes, *lo], default=0))]
 
 
 def _lay(arrays: Sequence[Ids], labels: Labels, grid: int) -> list[Ids]:
     return [to_grid(t, labels, grid) for t in arrays]
 
 
-def _weigh(
-    walk: Walk, x: Operand, w: Operand, lo: Labels, grid: int, sizes: dict[int, int],
-    out: Value, op: str, tag: str,
-) -> Units:  # fmt: skip
+def _weigh(walk: Walk, x: Operand, w: Operand, goal: Goal) -> Units:
     """An activation or an input times a weight: new units, and the blocks that lead to them."""
-    b = walk.b
+    b, lo, sizes = walk.b, goal.labels, _grid(x, w, goal.labels)
+    grid = len(sizes)
     assert isinstance(w.state, Weight)
     leaves = [
         replace(leaf, coords=tuple(_lay(leaf.coords, w.labels, grid))) for leaf in w.state.leaves
@@ -130,14 +155,12 @@ def _weigh(
         dims = [i for i, d in enumerate(x.labels) if d in summed]
         near = _lay([_axis(walk, x, dims)], x.labels, grid)
     wanted = {d for d in lo if d in moves or any(d in varying(t, grid) for t in near)}
-    shape = [sizes.get(d, 1) for d in range(grid)]
-    dims = [i for i, d in enumerate(lo) if d in wanted] if len(out.shape) == len(lo) else [1]
     rows = [*near, *(c for leaf in leaves for c in leaf.coords)]
-    target = b.named_by(rows, shape, wanted, op, fixed=not b.free(out, dims))
+    target = goal.units(b, rows, wanted, sizes)
     units = from_grid(target, lo, grid)
-    tag = "|".join(t for t in (tag, trail) if t)
+    tag = "|".join(t for t in (goal.tag, trail) if t)
     for leaf in leaves:
-        _place(b, leaf, near[0], target, (op, tag, len(leaves) > 1), grid)
+        _place(b, leaf, near[0], target, (goal.op, tag, len(leaves) > 1), grid)
     for t in near[1:]:
         b.link(t, target, "mixed", trail)
     far = [t for t in far if varying(t, grid) <= set(lo)]
@@ -182,24 +205,19 @@ def _place(
         b.place(leaf, (source, target), op, tag)
 
 
-def _chain(
-    b: Builder, a: Operand, c: Operand, lo: Labels, grid: int, sizes: dict[int, int]
-) -> Weight | None:
+def _chain(b: Builder, a: Operand, c: Operand, lo: Labels) -> Weight | None:
     """Two parameters contracted: a weight with units inside; None if it is not so simple."""
     assert isinstance(a.state, Weight) and isinstance(c.state, Weight)
     leaves = [*a.state.leaves, *c.state.leaves]
     if any(leaf.inner is not None or leaf.trail for leaf in leaves):
         return None
+    sizes = _grid(a, c, lo)
+    grid = len(sizes)
     summed = [x for x in a.labels if x in c.labels and x not in lo]
     shape = [sizes[d] for d in summed]
-    inner = b.sets.new(
-        int(np.prod(shape)),
-        "hidden",
-        "weight",
-        fixed=not b.free(a.value, [a.labels.index(d) for d in summed]),
-    )
-    inner = inner.reshape(shape)
-    out = []
+    fixed = not b.free(a.value, [a.labels.index(d) for d in summed])
+    inner = b.sets.new(int(np.prod(shape)), "hidden", "weight", fixed=fixed).reshape(shape)
+    out: list[Leaf] = []
     for operand in (a, c):
         for leaf in operand.state.leaves:  # type: ignore[union-attr]
             coords = _lay(leaf.coords, operand.labels, grid)
@@ -212,11 +230,10 @@ def _chain(
     return Weight(tuple(out))
 
 
-def _product(
-    walk: Walk, a: Operand, c: Operand, lo: Labels, grid: int, sizes: dict[int, int], out: Value
-) -> State:
+def _product(walk: Walk, a: Operand, c: Operand, goal: Goal) -> State:
     """Two activations contracted: new units for what either names in the result."""
-    b = walk.b
+    b, lo, sizes = walk.b, goal.labels, _grid(a, c, goal.labels)
+    grid = len(sizes)
     pools = [
         _lay(x.state.tracks, x.labels, grid) if isinstance(x.state, Units) else [] for x in (a, c)
     ]
@@ -232,10 +249,8 @@ def _product(
     if alone:  # a constant matrix mixes units: its other dimension names the new ones
         other = c if pools[0] else a
         wanted |= {d for d in other.labels if d in lo and d not in (a if other is c else c).labels}
-    dims = [i for i, d in enumerate(lo) if d in wanted]
-    fixed = not b.free(out, dims) if len(out.shape) == len(lo) else not b.any_free(pools)
-    shape = [sizes.get(d, 1) for d in range(grid)]
-    target = b.named_by([*pools[0], *pools[1]], shape, wanted, "product", fixed=fixed)
+    made = replace(goal, op="product")
+    target = made.units(b, [*pools[0], *pools[1]], wanted, sizes)
     units = from_grid(target, lo, grid)
     for slot, (x, pool) in enumerate(zip((a, c), pools, strict=True)):
         for t in pool:
@@ -307,7 +322,7 @@ def _convolution(walk: Walk, call: Call) -> list[State]:
     tag = f"stride={bound['stride']},padding={bound['padding']},dilation={bound['dilation']}"
     tag = (tag + (",transposed" if transposed else "")).replace(" ", "")
     wide = [n, g, o, *outs]
-    made = combine(walk, a, c, wide, out, "conv", tag)
+    made = combine(walk, a, c, Goal(wide, out, "conv", tag))
     channels = w.shape[1] if transposed else w.shape[0] // groups
     full = (out.shape[0], groups, channels, *out.shape[2:])
     state = map_state(made, lambda t: reshape(t, full, out.shape))
@@ -342,7 +357,7 @@ def _attention(walk: Walk, call: Call) -> list[State]:
         operand.shape = shape  # type: ignore[attr-defined]
         operands.append(operand)
     lo = [*range(lead), t, s]
-    scores = combine(walk, operands[0], operands[1], lo, call.outs[0], "linear", "")
+    scores = combine(walk, operands[0], operands[1], Goal(lo, call.outs[0], "linear"))
     if isinstance(scores, Units):
         causal = ",causal" if bound.get("is_causal") else ""
         scores = replace(scores, trail=extend(scores.trail, "softmax" + causal), fresh=False)
@@ -357,7 +372,7 @@ def _attention(walk: Walk, call: Call) -> list[State]:
             _add_units(walk.b, bias, scores)
     middle = Operand(scores, q, lo)
     middle.shape = (*q.shape[:-1], k.shape[-2])  # type: ignore[attr-defined]
-    made = combine(walk, middle, operands[2], [*range(lead), t, e], call.outs[0], "linear", "")
+    made = combine(walk, middle, operands[2], Goal([*range(lead), t, e], call.outs[0], "linear"))
     return [made, *[None] * (len(call.outs) - 1)]
 
 
@@ -387,11 +402,11 @@ def _trilinear(walk: Walk, call: Call) -> list[State]:
     a, c = (Operand(_named(walk, v, ls, lo), v, ls) for v, ls in (first, second))
     both = sorted({*first[1], *second[1]})
     sizes = {**a.sizes(), **c.sizes()}
-    pair = _product(walk, a, c, both, rank, sizes, call.outs[0])
+    pair = _product(walk, a, c, Goal(both, call.outs[0], "product"))
     middle = Operand(pair, first[0], both)
     middle.shape = tuple(sizes[d] for d in both)  # type: ignore[attr-defined]
     w = Operand(walk.of(weight[0]), weight[0], weight[1])
-    return [combine(walk, middle, w, lo, call.outs[0], "bilinear", "")]
+    return [combine(walk, middle, w, Goal(lo, call.outs[0], "bilinear"))]
 
 
 def _named(walk: Walk, value: Value, labels: Labels, lo: Labels) -> State:

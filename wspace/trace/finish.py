@@ -31,7 +31,7 @@ def leftovers(b: Builder) -> None:
 
 
 def _free_parts(b: Builder, value: Value) -> list[set[int]]:
-    """Dimensions that may be permuted, in at most two sets; those that depend on others with them."""
+    """Dimensions that may be permuted, in at most two sets; dependent ones together."""
     s = b.solver
     dims = [d for d in range(len(value.shape)) if value.shape[d] > 1 and b.free(value, [d])]
     atoms = {d: set(s.resolve(value.axes[d])) for d in dims}

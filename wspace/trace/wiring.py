@@ -99,12 +99,15 @@ class _Walk:
         }
         self.uses = Counter(id(v) for call in program.calls for v in call.ins)
         self.uses.update(id(v) for v in program.outputs)
+        self.uniform: set[int] = set()
         self.shaped: dict[tuple[int, tuple[int, ...]], tuple[Ids, Ids]] = {}
 
     def step(self, call: Call) -> None:
         """One call."""
         states = [self.state.get(id(v)) for v in call.ins]
         if call.name == "uniform" or not any(states):
+            if call.name == "uniform" or all(id(v) in self.uniform for v in call.ins):
+                self.uniform |= {id(v) for v in call.outs}
             self._set(call, [None] * len(call.outs))
             return
         before = len(self.b.blocks)
@@ -213,7 +216,8 @@ class _Walk:
             return blend([w for _, w in weights], label)
         if len(units) == 1:
             result = units[0][0]
-            quiet = op in _DROPPED or (op in ("add", "sub", "copy") and weights)
+            blank = any(id(v) in self.uniform for v in values)  # zeros to add up in
+            quiet = op in _DROPPED or (op in ("add", "sub", "copy") and (weights or blank))
             if not quiet:
                 result = replace(result, trail=extend(result.trail, label), fresh=False)
         else:
@@ -276,9 +280,10 @@ class _Walk:
         bound = arguments(call)
         x = call.ins[0]
         rank = len(x.shape)
-        known = [s for v in call.ins if (s := self.of(v)) is not None]
-        if all(isinstance(s, Weight) for s in known) and isinstance(self.of(x), Weight):
-            return [blend([s for s in known if isinstance(s, Weight)], _label(call))]
+        if call.name in _BATCH_NORMS and isinstance(whole := self.of(x), Weight):
+            shape = (1, -1, *[1] * (rank - 2))  # standardised weights
+            affine = [map_state(self.of(v), lambda a: a.reshape(shape)) for v in call.ins[1:]]
+            return [blend([whole, *(s for s in affine if isinstance(s, Weight))], _label(call))]
         state = self._units(x, {1} if call.name in _BATCH_NORMS else {rank - 1}, call)
         if call.name in _BATCH_NORMS:
             slots = [bound.get(n) for n in ("weight", "bias", "running_mean", "running_var")]
