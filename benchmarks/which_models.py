@@ -404,7 +404,7 @@ def correct(m: nn.Module, names: tuple[str, ...], value: int) -> None:
 def main() -> None:
     options = start(__doc__, rounds=3, only=True)
     pruning, rebasin = peer("torch_pruning"), peer("rebasin")
-    absent = {"verdict": "not installed", "right": False}
+    absent = {"verdict": "not installed", "right": "unknown"}
     rows, figures = [], {}
     for name in options.only or [*MODELS, *USUAL]:
         found = {"wspace": attempt(lambda n=name: judge_wspace(*build(n), options.rounds))}

@@ -26,7 +26,7 @@ from wspace.trace.roles import roles_of
 from wspace.trace.rules import apply, arguments, known
 from wspace.trace.sandbox import persistent_float_buffers
 from wspace.trace.solve import Axis, Solver
-from wspace.trace.wiring import wire
+from wspace.trace.wire import wire
 
 
 def trace(

@@ -8,8 +8,8 @@ import numpy as np
 from wspace.space import Axis
 from wspace.trace.capture import Value
 from wspace.trace.derive import Naming
-from wspace.trace.places import block_of, fit
-from wspace.trace.units import Builder
+from wspace.trace.wire.places import block_of, fit
+from wspace.trace.wire.units import Builder
 from wspace.wiring import Block, NodeSet, Wiring
 
 

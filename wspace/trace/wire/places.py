@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wspace.trace.unitviews import Ids, compress
+from wspace.trace.wire.views import Ids, compress
 from wspace.wiring import Block, Ends
 
 PIECES = 256

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from wspace.trace.capture import Call, Value
-from wspace.trace.places import Lost
 from wspace.trace.rules import arguments
-from wspace.trace.units import (
+from wspace.trace.wire.places import Lost
+from wspace.trace.wire.units import (
     Builder,
     Leaf,
     State,
@@ -26,7 +26,7 @@ from wspace.trace.units import (
     to_grid,
     varying,
 )
-from wspace.trace.unitviews import Ids, reshape
+from wspace.trace.wire.views import Ids, reshape
 
 Labels = Sequence[int]
 

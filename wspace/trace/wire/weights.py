@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from wspace.trace.units import Leaf, State, Weight, extend, varying
-from wspace.trace.unitviews import Ids
+from wspace.trace.wire.units import Leaf, State, Weight, extend, varying
+from wspace.trace.wire.views import Ids
 
 
 def blend(weights: Sequence[Weight], op: str) -> Weight:

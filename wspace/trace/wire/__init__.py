@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from wspace.trace.capture import Call, Program, Value
-from wspace.trace.connect import CONTRACTIONS, look_up
 from wspace.trace.derive import Naming
-from wspace.trace.finish import finish, leftovers
-from wspace.trace.places import Lost
 from wspace.trace.rules import arguments, dims_of
 from wspace.trace.solve import Solver
-from wspace.trace.units import (
+from wspace.trace.wire.connect import CONTRACTIONS, look_up
+from wspace.trace.wire.finish import finish, leftovers
+from wspace.trace.wire.places import Lost
+from wspace.trace.wire.units import (
     Builder,
     State,
     Units,
@@ -30,8 +30,8 @@ from wspace.trace.units import (
     map_state,
     varying,
 )
-from wspace.trace.unitviews import Ids, slices, views
-from wspace.trace.weights import blend, drop, join_weights, reduce_weight
+from wspace.trace.wire.views import Ids, slices, views
+from wspace.trace.wire.weights import blend, drop, join_weights, reduce_weight
 from wspace.wiring import Wiring
 
 _LINEAR = frozenset("add sub rsub copy index_put index_add scatter_add slice_scatter "

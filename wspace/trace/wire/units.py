@@ -1,6 +1,6 @@
 """What an activation's entries are values of, and how operators connect units.
 
-Every activation carries *tracks*: index arrays (see `unitviews`) that name the unit of which each
+Every activation carries *tracks*: index arrays (see `views`) that name the unit of which each
 entry is a value; several if it has several unit axes, such as tokens and channels of a mixer. A
 weight carries *leaves*: for each parameter that it is computed from, which entry stands where.
 `Builder` turns what operators do with the two into node sets and blocks.
@@ -14,9 +14,9 @@ from math import prod
 import numpy as np
 
 from wspace.trace.capture import Value
-from wspace.trace.places import Ledger, Lost, Sets, Shape, block_of, fit
 from wspace.trace.solve import Solver
-from wspace.trace.unitviews import Ids, align, same
+from wspace.trace.wire.places import Ledger, Lost, Sets, Shape, block_of, fit
+from wspace.trace.wire.views import Ids, align, same
 from wspace.wiring import Block
 
 UNITS = 1 << 20
