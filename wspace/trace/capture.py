@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from wspace.errors import TraceError, message
-from wspace.trace.metashapes import ALIKE, SHAPES
+from wspace.trace.meta import MetaRunner
 from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
@@ -161,6 +161,10 @@ def capture(
     except Exception as abstract_error:  # any failure here may be the abstraction's own
         state = [*module.parameters(), *module.buffers()]
         if any(t.is_meta or _is_fake(t) for t in state):
+            try:  # fused operators want their inputs where their weights are
+                return _run(module, args, kwargs, known, abstract=True, real_inputs=False)
+            except Exception:  # noqa: BLE001, S110  (the first failure says more)
+                pass
             raise TraceError(
                 message(
                     f"trace: {type(module).__name__} could not be run without its weights",
@@ -193,6 +197,7 @@ def _run(
     known: Callable[[str, OpOverload], bool],
     *,
     abstract: bool,
+    real_inputs: bool = True,
 ) -> Program:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -205,7 +210,9 @@ def _run(
         if not abstract:
             stack.enter_context(state_restored(module))
         leaves, spec = tree_flatten((args, dict(kwargs)))
-        leaves = [recorder.add_input(x) if isinstance(x, Tensor) else x for x in leaves]
+        leaves = [
+            recorder.add_input(x, real=real_inputs) if isinstance(x, Tensor) else x for x in leaves
+        ]
         args, kwargs = tree_unflatten(leaves, spec)
         stack.enter_context(recorder)
         result = module(*args, **kwargs)
@@ -238,6 +245,7 @@ class _Recorder(TorchDispatchMode):
         self._by_storage: dict[int, Value] = {}
         self._twins: dict[int, Tensor] = {}
         self._names: dict[str, tuple[str, str, bool]] = {}
+        self._run_meta = MetaRunner()
         self._add_state(module)
 
     # ------------------------------------------------------------------ values
@@ -277,11 +285,13 @@ class _Recorder(TorchDispatchMode):
         if key is not None:
             self._by_storage.setdefault(key, value)
 
-    def add_input(self, tensor: Tensor) -> Tensor:
+    def add_input(self, tensor: Tensor, *, real: bool = True) -> Tensor:
         """The tensor to pass to the module in place of input `tensor`, registered as an input."""
         if tensor.is_meta or _is_fake(tensor):
             raise TraceError("trace: example inputs must be real tensors (got a meta tensor)")
-        fresh = tensor.detach().clone() if not self.abstract else tensor.detach()
+        fresh = tensor.detach() if self.abstract else tensor.detach().clone()
+        if not real and fresh.is_floating_point():
+            fresh = torch.empty_like(fresh, device="meta")
         fresh._wspace = Value(fresh, INPUT)  # type: ignore[attr-defined]
         return fresh
 
@@ -338,8 +348,11 @@ class _Recorder(TorchDispatchMode):
             if any(t.is_meta for t in tensors):  # constants of a module on the meta device
                 args = _map(self._shaped, args)
                 kwargs = {k: _map(self._shaped, v) for k, v in kwargs.items()}
-            elif kwargs.get("device") is not None:
-                kwargs = {**kwargs, "device": torch.device("cpu")}
+                device = "meta"
+            else:
+                device = "cpu"
+            if kwargs.get("device") is not None:
+                kwargs = {**kwargs, "device": torch.device(device)}
             return self._mark(func(*args, **kwargs), kind)
         has_rule = self.known(name, func)
         if not has_rule and (out := self._decompose(func, args, kwargs)) is not NotImplemented:
@@ -366,9 +379,7 @@ class _Recorder(TorchDispatchMode):
             kwargs = {k: _map(self._shaped, v) for k, v in kwargs.items()}
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": torch.device("meta")}
-        out = self._shape_of(name, args, kwargs, ins, inplace=inplace) if self.abstract else None
-        if out is None:
-            out = func(*args, **kwargs)
+        out = self._run_meta(func, args, kwargs) if self.abstract else func(*args, **kwargs)
         made = out if isinstance(out, list | tuple) else (out,)
         outs = [self._output(t) for t in made if isinstance(t, Tensor)]
         call = Call(func, name, recorded[0], recorded[1], ins, outs, inplace)
@@ -416,17 +427,6 @@ class _Recorder(TorchDispatchMode):
         call = Call(func, "uniform", recorded[0], recorded[1], values, [self._output(out)])
         self.program.calls.append(call)
         return out
-
-    @staticmethod
-    def _shape_of(name: str, args: Any, kwargs: Any, ins: list[Value], *, inplace: bool) -> Any:
-        """Meta result of a frequent operator, without its slow meta function; None for others."""
-        if name in ALIKE:
-            first = ins[0]
-            if all(v.shape == first.shape and v.dtype == first.dtype for v in ins[1:]):
-                return args[0] if inplace else torch.empty_like(args[0])
-            return None
-        shape = None if inplace else SHAPES.get(name)
-        return None if shape is None else shape(*args, **kwargs)
 
     # ------------------------------------------------------------------ result
 

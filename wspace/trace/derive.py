@@ -226,7 +226,7 @@ class Naming:
         kept: dict[int, list[int]],
         path: tuple[int, ...],
     ) -> None:
-        """Fills in ``kept[atom]``: dependences without cycles, and transitive as a group's must be."""
+        """Fills in ``kept[atom]``: dependences without cycles, transitive as a group needs them."""
         if atom in kept or atom not in over:
             return
         deps = over[atom] - {*path, atom}

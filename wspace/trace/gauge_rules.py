@@ -399,8 +399,16 @@ def _cat(p: Equations, call: Call) -> list[list[Row]]:
         for d, row in enumerate(p.rows(other)):
             if d != dim:
                 p.equate(out[d], row)
-    out[dim] = [e for t in tensors for e in p.rows(t)[dim]]
-    if len(out[dim]) != len(p.leaves(call.outs[0].axes[dim])):
+    rows = [p.rows(t)[dim] for t in tensors]
+    parts = [p.leaves(t.axes[dim]) for t in tensors]
+    whole = p.leaves(call.outs[0].axes[dim])
+    if whole and not p.is_free(whole[0]) and all(part == whole[1:] for part in parts):
+        for row in rows[1:]:  # shuffled later: a fixed index over one group, which scales as one
+            p.equate(rows[0], row)
+        out[dim] = [{}, *rows[0]]
+        return [out]
+    out[dim] = [e for row in rows for e in row]
+    if [a for part in parts for a in part] != whole:
         return give_up(p, call)
     return [out]
 
