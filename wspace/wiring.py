@@ -3,7 +3,8 @@
 The record behind the parameter graph: derived with a weight space by `trace`, part of its JSON.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 
@@ -89,6 +90,8 @@ class Block:
 class Wiring:
     """How parameters connect the units of a network.
 
+    `trace` hands out a wiring that is derived on first use (`later`), since only graphs need it.
+
     Attributes:
         nodes: Node sets; the first is the global one.
         blocks: Uses of parameters, and structural connections, in order of execution.
@@ -97,7 +100,33 @@ class Wiring:
 
     nodes: tuple[NodeSet, ...]
     blocks: tuple[Block, ...]
-    unknown: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = field(default_factory=tuple)
+
+    @classmethod
+    def later(cls, derive: Callable[[], Self]) -> Self:
+        """A wiring that `derive` makes when something of it is first asked for.
+
+        Args:
+            derive: Returns the wiring; called at most once.
+
+        Returns:
+            A wiring equal to what `derive` returns.
+        """
+        wiring = object.__new__(cls)
+        object.__setattr__(wiring, "_derive", derive)
+        return wiring
+
+    def __getattr__(self, name: str) -> Any:  # only for what is not there yet
+        derive = self.__dict__.get("_derive")
+        if derive is None or name not in {f.name for f in fields(self)}:
+            raise AttributeError(f"'Wiring' has no attribute {name!r}")
+        made = derive()
+        del self.__dict__["_derive"]
+        self.__dict__.update({f.name: getattr(made, f.name) for f in fields(self)})
+        return self.__dict__[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.nodes, self.blocks, self.unknown)
 
     def to_data(self) -> dict[str, Any]:
         """The wiring as lists and numbers, for JSON."""

@@ -27,6 +27,7 @@ from wspace.trace.rules import apply, arguments, known
 from wspace.trace.sandbox import persistent_float_buffers
 from wspace.trace.solve import Axis, Solver
 from wspace.trace.wire import wire
+from wspace.wiring import Wiring
 
 
 def trace(
@@ -90,7 +91,7 @@ def trace(
         opaque=tuple(dict.fromkeys(opaque)),
         capture="concrete" if program.concrete else "abstract",
         extra=naming.extra(),
-        wiring=wire(program, solver, naming),
+        wiring=Wiring.later(lambda: wire(program, solver, naming)),
     )
 
 
