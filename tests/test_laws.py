@@ -32,6 +32,15 @@ class Traced(NamedTuple):
     after: dict[str, object]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks run fastest on one thread, above all where other processes run too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def traced() -> Callable[[str], Traced]:
     """Builds and traces a case, once per session."""
