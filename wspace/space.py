@@ -411,6 +411,8 @@ class WeightSpace:
         ]
 
         def axis_from(items: list[Any]) -> Axis:
+            if any(isinstance(f, int) and f < 0 for f in items):
+                raise ValueError(f"no group number {min(f for f in items if isinstance(f, int))}")
             return Axis(
                 tuple(
                     groups[f]

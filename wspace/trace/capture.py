@@ -200,6 +200,7 @@ def _run(
     real_inputs: bool = True,
 ) -> Program:
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(attributes_restored(module))
         stack.enter_context(evaluation_mode(module))
@@ -207,6 +208,7 @@ def _run(
         stack.enter_context(without_onednn())
         stack.enter_context(dense_experts(module))
         recorder = _Recorder(module, known, abstract=abstract)
+        recorder.real_inputs = real_inputs
         if not abstract:
             stack.enter_context(state_restored(module))
         leaves, spec = tree_flatten((args, dict(kwargs)))
@@ -238,6 +240,7 @@ class _Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.abstract = abstract
+        self.real_inputs = True
         self.known = known
         self.program = Program()
         self._keep: list[Tensor] = []  # real tensors whose id or storage is a key below
@@ -246,6 +249,7 @@ class _Recorder(TorchDispatchMode):
         self._twins: dict[int, Tensor] = {}
         self._names: dict[str, tuple[str, str, bool]] = {}
         self._run_meta = MetaRunner()
+        self._tainted: set[int] = set()  # storages of constants that were written to
         self._add_state(module)
 
     # ------------------------------------------------------------------ values
@@ -289,7 +293,7 @@ class _Recorder(TorchDispatchMode):
         """The tensor to pass to the module in place of input `tensor`, registered as an input."""
         if tensor.is_meta or _is_fake(tensor):
             raise TraceError("trace: example inputs must be real tensors (got a meta tensor)")
-        fresh = tensor.detach() if self.abstract else tensor.detach().clone()
+        fresh = tensor.detach().clone()
         if not real and fresh.is_floating_point():
             fresh = torch.empty_like(fresh, device="meta")
         fresh._wspace = Value(fresh, INPUT)  # type: ignore[attr-defined]
@@ -298,6 +302,9 @@ class _Recorder(TorchDispatchMode):
     def _value(self, tensor: Tensor) -> Value:
         value = self._by_id.get(id(tensor)) or getattr(tensor, "_wspace", None)
         if value is not None:
+            tainted = self._tainted and value.kind in (CONST, INPUT)
+            if tainted and _storage_key(tensor) in self._tainted:
+                return self._assign(tensor, Value(tensor, ACTIVE))
             return value
         alias = self._by_storage.get(_storage_key(tensor) or 0)
         if alias is not None:  # `.data`, `.detach()` taken outside the recorder
@@ -310,7 +317,16 @@ class _Recorder(TorchDispatchMode):
                 f"trace: the module reads part of {alias.names[0]!r} through an untracked view"
             )
         value = Value(tensor, CONST)
-        tensor._wspace = value  # type: ignore[attr-defined]
+        self._by_id[id(tensor)] = value  # not an attribute: the tensor may be the module's own
+        self._keep.append(tensor)
+        return value
+
+    def _assign(self, tensor: Tensor, value: Value) -> Value:
+        """Says what a tensor holds from now on."""
+        if id(tensor) in self._by_id:
+            self._by_id[id(tensor)] = value
+        else:
+            tensor._wspace = value  # type: ignore[attr-defined]
         return value
 
     def _shaped(self, tensor: Tensor) -> Tensor:
@@ -338,6 +354,8 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
         tensors = [x for x in _leaves(args, kwargs) if isinstance(x, Tensor)]
         values = [self._value(t) for t in tensors]
         name, inplace = self._describe(func)
@@ -371,6 +389,8 @@ class _Recorder(TorchDispatchMode):
     def _record(
         self, func: OpOverload, name: str, args: Any, kwargs: Any, *, inplace: bool, has_rule: bool
     ) -> Any:
+        if inplace:
+            self._overwrite(args[0])
         recorded = _map(self._value, args), {k: _map(self._value, v) for k, v in kwargs.items()}
         ins = [v for v in _leaves(*recorded) if isinstance(v, Value)]
         target = args[0] if inplace else None
@@ -387,7 +407,7 @@ class _Recorder(TorchDispatchMode):
             call.source = _source()
         self.program.calls.append(call)
         if isinstance(target, Tensor) and target is not out:
-            target._wspace = outs[0]  # type: ignore[attr-defined]
+            self._assign(target, outs[0])
             return target
         return out
 
@@ -402,16 +422,21 @@ class _Recorder(TorchDispatchMode):
         return known[0], known[2]
 
     def _output(self, tensor: Tensor) -> Value:
-        value = Value(tensor, ACTIVE)
-        tensor._wspace = value  # type: ignore[attr-defined]
-        self._by_id.pop(id(tensor), None)
-        return value
+        return self._assign(tensor, Value(tensor, ACTIVE))
 
     def _mark(self, out: Any, kind: str) -> Any:
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                tensor._wspace = Value(tensor, kind)  # type: ignore[attr-defined]
+                self._assign(tensor, Value(tensor, kind))
         return out
+
+    def _overwrite(self, target: Tensor) -> None:
+        """A constant that is written to is no constant: it and its other views are fixed."""
+        value = self._value(target)
+        if value.kind in (CONST, INPUT) and (key := _storage_key(target)) is not None:
+            self._keep.append(target)
+            self._tainted.add(key)
+            self._assign(target, Value(target, ACTIVE))
 
     def _factory(
         self, func: OpOverload, name: str, args: Any, kwargs: Any, values: list[Value]
@@ -424,6 +449,8 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if name not in _UNIFORM or not out.is_floating_point() or out.numel() < 2:
             return self._mark(out, CONST)
+        if not self.real_inputs:
+            out = torch.empty_like(out, device="meta")
         call = Call(func, "uniform", recorded[0], recorded[1], values, [self._output(out)])
         self.program.calls.append(call)
         return out

@@ -188,9 +188,7 @@ def _product(p: Equations, call: Call) -> list[list[Row]]:
 
 def _mm(p: Equations, call: Call) -> list[list[Row]]:
     bound = arguments(call)
-    keys = {"mm": ("self", "mat2"), "bmm": ("self", "mat2"), "addmm": ("mat1", "mat2"),
-            "baddbmm": ("batch1", "batch2")}[call.name]  # fmt: skip
-    a, b = (p.rows(bound[k]) for k in keys)
+    a, b = (p.rows(v) for v in call.ins[-2:])
     p.oppose(a[-1], b[-2])
     out = [a[-2], b[-1]]
     if len(a) == 3:
@@ -472,10 +470,6 @@ def _weight_norm(p: Equations, call: Call) -> list[list[Row]]:
     return [out]
 
 
-def _uniform(p: Equations, call: Call) -> list[list[Row]]:
-    return [p.neutral(call.outs[0])]
-
-
 def _pow(p: Equations, call: Call) -> list[list[Row]]:
     exponent = call.args[1]
     if exponent != 2:
@@ -500,6 +494,6 @@ _HANDLERS: dict[str, Callable[[Equations, Call], list[list[Row]]]] = {
     "embedding": _embedding,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_weight_norm_interface": _weight_norm,
-    "uniform": _uniform,
+    "uniform": lambda p, call: [p.neutral(call.outs[0])],
     "pow": _pow,
 }

@@ -102,6 +102,11 @@ def _identity(s: Solver, self: Value) -> Result:
     return list(self.axes)
 
 
+@rule("complex", "polar")
+def _complex(s: Solver, call: Call) -> Result:
+    return broadcast(s, call.ins)
+
+
 @rule("copy")
 def _copy(s: Solver, self: Value, src: Value) -> Result:
     broadcast(s, [self, src])
@@ -181,8 +186,9 @@ def _addmv(s: Solver, self: Value, mat: Value, vec: Value) -> Result:
 
 
 @rule("dot", "vdot")
-def _dot(s: Solver, self: Value, tensor: Value) -> Result:
-    s.unify(self.axes[0], tensor.axes[0])
+def _dot(s: Solver, call: Call) -> Result:
+    a, b = call.args[:2]
+    s.unify(a.axes[0], b.axes[0])
     return []
 
 

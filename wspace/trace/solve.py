@@ -20,6 +20,7 @@ When ``h`` is cut into parts, the piece of ``d`` under each part becomes an atom
 (`restrict`), which is how ``view(3, h, d).unbind(0)`` gives q, k and v a freedom each.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -411,8 +412,9 @@ class Solver(Atoms):
         self._pointers.append((tuple(a for axis in at for a in axis), to))
 
     def _context(self, axes: Iterable[Axis]) -> set[int]:
-        """Atoms whose index is known at every entry of a tensor with these axes."""
-        context = {a for axis in axes for a in self.resolve(axis)}
+        """Atoms of which every entry of a tensor with these axes knows the one index it has."""
+        count = Counter(a for axis in axes for a in self.resolve(axis))
+        context = {a for a, n in count.items() if n == 1}
         for at, to in self._pointers:
             if context.issuperset(self.resolve(at)):
                 context.update(self.resolve(to))
@@ -448,9 +450,9 @@ class Solver(Atoms):
                 return True
             done = True
             for part in parts:
-                inner = context | set(self.resolve(part))
-                for a in self.resolve(part):
-                    done &= self._check(a, inner)
+                own = set(self.resolve(part))
+                for a in own:  # an index that occurs twice cannot be depended on: which one is it?
+                    done &= self._check(a, context ^ own)
             if done:
                 self._settled_concats.add(atom)
             return done
