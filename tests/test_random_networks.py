@@ -340,7 +340,7 @@ def test_every_block_alone(pool: list[Block], float64: None) -> None:
         inner, width = block(12, 20)
         if pool is IMAGE:
             net = nn.Sequential(nn.Conv2d(3, 12, 1), inner, nn.Flatten(), nn.LazyLinear(7))
-                x = torch.randn(2, 3, 4, 4)
+            x = torch.randn(2, 3, 4, 4)
         else:
             net = nn.Sequential(nn.Linear(5, 12), inner, nn.Linear(width, 7))
             x = torch.randn((2, 6, 5) if pool is TOKENS else (4, 5))

@@ -156,38 +156,36 @@ def capture(
     Raises:
         TraceError: If the module fails on these inputs, or needs weights that it does not have.
     """
-    try:
-        return _run(module, args, kwargs, known, abstract=True)
-    except Exception as abstract_error:  # any failure here may be the abstraction's own
-        state = [*module.parameters(), *module.buffers()]
-        if any(t.is_meta or _is_fake(t) for t in state):
-            try:  # fused operators want their inputs where their weights are
-                return _run(module, args, kwargs, known, abstract=True, real_inputs=False)
-            except Exception:  # noqa: BLE001, S110  (the first failure says more)
-                pass
-            raise TraceError(
-                message(
-                    f"trace: {type(module).__name__} could not be run without its weights",
-                    expected="a forward pass whose control flow does not depend on weights",
-                    got=f"{type(abstract_error).__name__}: {abstract_error}",
-                    help="build the module with real weights (not on the meta device) and "
-                    "trace it again, or check that the example inputs fit its forward",
-                )
-            ) from abstract_error
-        reason = f"{type(abstract_error).__name__}: {str(abstract_error).splitlines()[:1]}"
+    errors: list[Exception] = []
+    for shaped in (False, True):  # fused operators want their inputs where their weights are
         try:
-            program = _run(module, args, kwargs, known, abstract=False)
-        except Exception as error:
-            raise TraceError(
-                message(
-                    f"trace: {type(module).__name__} failed on the example inputs",
-                    expected="inputs that `module(*args, **kwargs)` accepts",
-                    got=f"{type(error).__name__}: {error}",
-                    help="call the module yourself with these inputs in eval mode first",
-                )
-            ) from error
-        program.concrete, program.reason = True, reason
-        return program
+            return _run(module, args, kwargs, known, shaped=shaped)
+        except Exception as error:  # any failure here may be the abstraction's own
+            errors.append(error)
+    if any(t.is_meta or _is_fake(t) for t in (*module.parameters(), *module.buffers())):
+        raise TraceError(
+            message(
+                f"trace: {type(module).__name__} could not be run without its weights",
+                expected="a forward pass whose control flow does not depend on weights",
+                got=f"{type(errors[0]).__name__}: {errors[0]}",
+                help="build the module with real weights (not on the meta device) and "
+                "trace it again, or check that the example inputs fit its forward",
+            )
+        ) from errors[0]
+    try:
+        program = _run(module, args, kwargs, known, abstract=False)
+    except Exception as error:
+        raise TraceError(
+            message(
+                f"trace: {type(module).__name__} failed on the example inputs",
+                expected="inputs that `module(*args, **kwargs)` accepts",
+                got=f"{type(error).__name__}: {error}",
+                help="call the module yourself with these inputs in eval mode first",
+            )
+        ) from error
+    program.concrete = True
+    program.reason = f"{type(errors[0]).__name__}: {errors[0]}"
+    return program
 
 
 def _run(
@@ -196,8 +194,8 @@ def _run(
     kwargs: Mapping[str, Any],
     known: Callable[[str, OpOverload], bool],
     *,
-    abstract: bool,
-    real_inputs: bool = True,
+    abstract: bool = True,
+    shaped: bool = False,
 ) -> Program:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
@@ -208,14 +206,15 @@ def _run(
         stack.enter_context(without_onednn())
         stack.enter_context(dense_experts(module))
         recorder = _Recorder(module, known, abstract=abstract)
-        recorder.real_inputs = real_inputs
         if not abstract:
             stack.enter_context(state_restored(module))
         leaves, spec = tree_flatten((args, dict(kwargs)))
         leaves = [
-            recorder.add_input(x, real=real_inputs) if isinstance(x, Tensor) else x for x in leaves
+            recorder.add_input(x, shaped=shaped) if isinstance(x, Tensor) else x for x in leaves
         ]
         args, kwargs = tree_unflatten(leaves, spec)
+        if shaped:
+            recorder.shape_module(module)
         stack.enter_context(recorder)
         result = module(*args, **kwargs)
     return recorder.finish(result)
@@ -240,7 +239,6 @@ class _Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.abstract = abstract
-        self.real_inputs = True
         self.known = known
         self.program = Program()
         self._keep: list[Tensor] = []  # real tensors whose id or storage is a key below
@@ -289,13 +287,22 @@ class _Recorder(TorchDispatchMode):
         if key is not None:
             self._by_storage.setdefault(key, value)
 
-    def add_input(self, tensor: Tensor, *, real: bool = True) -> Tensor:
+    def shape_module(self, module: nn.Module) -> None:
+        """Puts meta stand-ins in the place of parameters; `attributes_restored` takes them out."""
+        for m in module.modules():
+            lists = [x for x in m.__dict__.values() if isinstance(x, list)]
+            for name, p in m._parameters.items():
+                if p is not None:
+                    m._parameters[name] = self._shaped(p)  # type: ignore[assignment]
+                    for held in lists:  # recurrent modules keep a second reference
+                        held[:] = [m._parameters[name] if x is p else x for x in held]
+
+    def add_input(self, tensor: Tensor, *, shaped: bool) -> Tensor:
         """The tensor to pass to the module in place of input `tensor`, registered as an input."""
         if tensor.is_meta or _is_fake(tensor):
             raise TraceError("trace: example inputs must be real tensors (got a meta tensor)")
-        fresh = tensor.detach().clone()
-        if not real and fresh.is_floating_point():
-            fresh = torch.empty_like(fresh, device="meta")
+        meta = shaped and tensor.is_floating_point()
+        fresh = torch.empty_like(tensor, device="meta") if meta else tensor.detach().clone()
         fresh._wspace = Value(fresh, INPUT)  # type: ignore[attr-defined]
         return fresh
 
@@ -443,14 +450,15 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         """Float tensors of one repeated value are active and uniform; the rest are constants."""
         recorded = _map(self._value, args), {k: _map(self._value, v) for k, v in kwargs.items()}
+        device = kwargs.get("device") or (args[0].device if values else torch.device("cpu"))
         if self.abstract:
             args = _map(_dense, args)
             kwargs = {**kwargs, "device": torch.device("cpu")}
         out = func(*args, **kwargs)
         if name not in _UNIFORM or not out.is_floating_point() or out.numel() < 2:
             return self._mark(out, CONST)
-        if not self.real_inputs:
-            out = torch.empty_like(out, device="meta")
+        if self.abstract and device.type == "meta":
+            out = torch.empty_like(out, device="meta")  # where the module expects it
         call = Call(func, "uniform", recorded[0], recorded[1], values, [self._output(out)])
         self.program.calls.append(call)
         return out
