@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -118,15 +119,21 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def outputs(
-    module: nn.Module, state: Mapping[str, Tensor], args: Sequence[object], kwargs: object
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    args: Sequence[object],
+    kwargs: object,
+    *,
+    mode: AbstractContextManager[object] | None = None,
 ) -> list[Tensor]:
     """Tensors returned by a copy of a module that runs with another state; caches are its own."""
+    module = copy.deepcopy(module)
     once = {id(t): t.clone() for t in state.values()}
     state = {name: once[id(t)] for name, t in state.items()}
     copied = _map(lambda t: t.clone(), (tuple(args), kwargs))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), mode or nullcontext():
         torch.manual_seed(0)
-        result = functional_call(copy.deepcopy(module), state, *copied)
+        result = functional_call(module, state, *copied)
     return flat(result)
 
 

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_map_only
 from wspace.action import KINDS, State, Transform, act, compose, identity, inverse, sample
 from wspace.errors import NotASymmetry, message
 from wspace.space import WeightSpace
-from wspace.trace.capture import tensors_in
-from wspace.trace.sandbox import attributes_restored, double_precision, evaluation_mode
+from wspace.trace.sandbox import attributes_restored, double_precision, evaluation_mode, tensors_in
 from wspace.trace.verify import verify
 
 TOLERANCE: Mapping[torch.dtype, float] = {

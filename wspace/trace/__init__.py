@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from wspace.errors import TraceError, UnknownOp, message
 from wspace.space import Opaque, WeightSpace
 from wspace.trace import shapes as shapes  # registers its rules
-from wspace.trace.capture import (
-    CONST,
-    Call,
-    Program,
-    Value,
-    capture,
-)
+from wspace.trace.capture import capture
 from wspace.trace.derive import Naming, build_params
 from wspace.trace.families import Family, find_families
 from wspace.trace.gauges import derive_gauges
+from wspace.trace.program import CONST, Call, Program, Value
 from wspace.trace.roles import roles_of
 from wspace.trace.rules import apply, arguments, known
 from wspace.trace.sandbox import persistent_float_buffers

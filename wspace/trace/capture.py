@@ -21,7 +21,6 @@ and functional code need no special case.
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from wspace.errors import TraceError, message
 from wspace.trace.meta import MetaRunner
+from wspace.trace.program import ACTIVE, CONST, INPUT, PARAM, Call, Program, Value
 from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
@@ -43,7 +43,6 @@ from wspace.trace.sandbox import (
     without_onednn,
 )
 
-PARAM, ACTIVE, INPUT, CONST = "param", "active", "input", "const"
 _TORCH_DIR = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 _FACTORIES = frozenset(
@@ -59,81 +58,6 @@ _UNIFORM = frozenset(
     new_empty
     """.split()
 )
-
-
-class Value:
-    """One tensor of the program: shape, dtype, where it came from, and later its axes.
-
-    Attributes:
-        shape: Sizes.
-        dtype: Element type.
-        kind: ``"param"`` (parameter or float buffer), ``"active"`` (depends on one),
-            ``"input"`` (depends on module inputs only) or ``"const"`` (on neither).
-        names: Qualified names, for a parameter or buffer; several when tied.
-        data: The real tensor, for inputs and constants; otherwise None.
-        axes: Filled in by the solver: one axis per dimension.
-        points: Axis that the entries are indices into (argmax, top-k), or None.
-    """
-
-    __slots__ = ("axes", "data", "dtype", "kind", "names", "origin", "points", "shape")
-
-    def __init__(self, tensor: Tensor, kind: str, names: tuple[str, ...] = ()) -> None:
-        self.shape = tuple(tensor.shape)
-        self.dtype = tensor.dtype
-        self.kind = kind
-        self.names = names
-        known = kind in (INPUT, CONST) and not tensor.is_meta
-        self.data: Tensor | None = tensor if known else None
-        self.axes: Any = None
-        self.origin: Any = None
-        self.points: Any = None
-
-    def __repr__(self) -> str:
-        return f"Value({self.kind}, {list(self.shape)}{', ' + self.names[0] if self.names else ''})"
-
-
-@dataclass(slots=True)
-class Call:
-    """One executed operator: `op` applied to `args`, in which tensors are `Value` objects.
-
-    Attributes:
-        op: The overload, e.g. ``aten.convolution.default``.
-        name: Base name without namespace and overload, e.g. ``convolution``.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        ins: Input values, flattened, in order.
-        outs: Output values, flattened, in order.
-        inplace: True if the operator writes to its first argument.
-        source: ``file:line in function`` of the user's code, when it was asked for.
-    """
-
-    op: OpOverload
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    ins: list[Value]
-    outs: list[Value]
-    inplace: bool = False
-    source: str = ""
-
-
-@dataclass(slots=True)
-class Program:
-    """A run of a module: its calls in order, its parameters, and what it returned.
-
-    Attributes:
-        calls: Operators in execution order.
-        params: Every parameter and float buffer of the module, used or not; ties share a value.
-        outputs: Values among the module's outputs (those that depend on parameters).
-        concrete: True if real weights had to be run, because control flow depends on them.
-        reason: Why the abstract run was given up, when `concrete`.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    params: list[Value] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
-    concrete: bool = False
-    reason: str = ""
 
 
 def capture(
@@ -245,7 +169,7 @@ class _Recorder(TorchDispatchMode):
         self._by_id: dict[int, Value] = {}
         self._by_storage: dict[int, Value] = {}
         self._twins: dict[int, Tensor] = {}
-        self._names: dict[str, tuple[str, str, bool]] = {}
+        self._names: dict[str, tuple[str, bool]] = {}
         self._run_meta = MetaRunner()
         self._tainted: set[int] = set()  # storages of constants that were written to
         self._add_state(module)
@@ -422,11 +346,10 @@ class _Recorder(TorchDispatchMode):
         key = str(func)
         known = self._names.get(key)
         if known is None:
-            base = func._schema.name.split("::")[1]
+            base = func._schema.name.removeprefix("aten::")  # others keep their namespace
             inplace = base.endswith("_") and not base.endswith("__")
-            known = (base[:-1] if inplace else base, base, inplace)
-            self._names[key] = known
-        return known[0], known[2]
+            known = self._names[key] = (base[:-1] if inplace else base, inplace)
+        return known
 
     def _output(self, tensor: Tensor) -> Value:
         return self._assign(tensor, Value(tensor, ACTIVE))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from wspace.space import Axis, Concat, Gauge, Group, Param, Role
-from wspace.trace.capture import Program, Value
 from wspace.trace.families import Family
+from wspace.trace.program import Program, Value
 from wspace.trace.solve import Axis as Atoms
 from wspace.trace.solve import Solver
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-from wspace.trace.capture import PARAM, Program, Value
 from wspace.trace.derive import Naming, atoms_of
+from wspace.trace.program import PARAM, Program, Value
 
 Expr = dict[int, int | Fraction]
 Row = list[Expr]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from wspace.trace.capture import ACTIVE, CONST, INPUT, PARAM, Call, Program, Value
+from wspace.trace.program import ACTIVE, CONST, INPUT, PARAM, Call, Program, Value
 from wspace.trace.rules import arguments
 
 _ACCUMULATE = frozenset(("add", "index_add"))

@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from wspace.trace.capture import PARAM, Call, Value
 from wspace.trace.derive import Tree, atoms_of
 from wspace.trace.exponents import Equations, Row, Shift
+from wspace.trace.program import PARAM, Call, Value
 from wspace.trace.rules import arguments, dims_of
 
 _HOMOGENEOUS = frozenset("relu leaky_relu _prelu_kernel".split())

@@ -21,10 +21,10 @@ from fractions import Fraction
 from typing import Any
 
 from wspace.space import Gauge
-from wspace.trace.capture import Program, Value
 from wspace.trace.derive import Naming
 from wspace.trace.exponents import Equations, Row, Shift
 from wspace.trace.gauge_rules import apply
+from wspace.trace.program import Program, Value
 
 
 def derive_gauges(naming: Naming, program: Program) -> tuple[Gauge, ...]:

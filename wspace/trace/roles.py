@@ -1,7 +1,7 @@
 """The role of a parameter: how the operators that read it use it, never what it is called."""
 
 from wspace.space import Role
-from wspace.trace.capture import Call, Program, Value
+from wspace.trace.program import Call, Program, Value
 
 _CONTRACTIONS = frozenset(
     """

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch._ops import OpOverload
 
-from wspace.trace.capture import Call, Value
+from wspace.trace.program import Call, Value
 from wspace.trace.solve import Axis, Solver
 
 Axes = list[Axis]
@@ -27,7 +27,7 @@ _SCHEMAS: dict[OpOverload, list[tuple[str, Any]]] = {}
 
 
 def rule(*names: str) -> Callable[[F], F]:
-    """Decorator that registers a rule for aten operators, by base name (``"addmm"``)."""
+    """Decorator that registers a rule by name: ``"addmm"`` in aten, ``"space::name"`` elsewhere."""
 
     def register(function: F) -> F:
         code = function.__code__

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wspace.trace.capture import CONST, Call, Value
+from wspace.trace.program import CONST, Call, Value
 from wspace.trace.rules import Axes, Result, arguments, dims_of, rule
 from wspace.trace.solve import Solver
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from wspace.trace.capture import Call, Program, Value
 from wspace.trace.derive import Naming
+from wspace.trace.program import Call, Program, Value
 from wspace.trace.rules import arguments, dims_of
 from wspace.trace.solve import Solver
 from wspace.trace.wire.connect import CONTRACTIONS, look_up

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from wspace.trace.capture import Call, Value
+from wspace.trace.program import Call, Value
 from wspace.trace.rules import arguments
 from wspace.trace.wire.places import Lost
 from wspace.trace.wire.units import (

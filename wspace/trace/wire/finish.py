@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from wspace.space import Axis
-from wspace.trace.capture import Value
 from wspace.trace.derive import Naming
+from wspace.trace.program import Value
 from wspace.trace.wire.places import block_of, fit
 from wspace.trace.wire.units import Builder
 from wspace.wiring import Block, NodeSet, Wiring

@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from wspace.trace.capture import Value
+from wspace.trace.program import Value
 from wspace.trace.solve import Solver
 from wspace.trace.wire.places import Ledger, Lost, Sets, Shape, block_of, fit
 from wspace.trace.wire.views import Ids, align, same

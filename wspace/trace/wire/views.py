@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wspace.trace.capture import Call, Value
+from wspace.trace.program import Call, Value
 from wspace.trace.rules import arguments
 
 Ids = NDArray[np.int64]

@@ -1,0 +1,84 @@
+"""The record of a run: values, and the calls between them. Made by `capture`, read by the rest."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+
+PARAM, ACTIVE, INPUT, CONST = "param", "active", "input", "const"
+
+
+class Value:
+    """One tensor of the program: shape, dtype, where it came from, and later its axes.
+
+    Attributes:
+        shape: Sizes.
+        dtype: Element type.
+        kind: ``"param"`` (parameter or float buffer), ``"active"`` (depends on one),
+            ``"input"`` (depends on module inputs only) or ``"const"`` (on neither).
+        names: Qualified names, for a parameter or buffer; several when tied.
+        data: The real tensor, for inputs and constants; otherwise None.
+        axes: Filled in by the solver: one axis per dimension.
+        points: Axis that the entries are indices into (argmax, top-k), or None.
+    """
+
+    __slots__ = ("axes", "data", "dtype", "kind", "names", "origin", "points", "shape")
+
+    def __init__(self, tensor: Tensor, kind: str, names: tuple[str, ...] = ()) -> None:
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+        self.kind = kind
+        self.names = names
+        known = kind in (INPUT, CONST) and not tensor.is_meta
+        self.data: Tensor | None = tensor if known else None
+        self.axes: Any = None
+        self.origin: Any = None
+        self.points: Any = None
+
+    def __repr__(self) -> str:
+        return f"Value({self.kind}, {list(self.shape)}{', ' + self.names[0] if self.names else ''})"
+
+
+@dataclass(slots=True)
+class Call:
+    """One executed operator: `op` applied to `args`, in which tensors are `Value` objects.
+
+    Attributes:
+        op: The overload, e.g. ``aten.convolution.default``.
+        name: Name without overload, and without namespace for aten: ``convolution``, ``my::op``.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        ins: Input values, flattened, in order.
+        outs: Output values, flattened, in order.
+        inplace: True if the operator writes to its first argument.
+        source: ``file:line in function`` of the user's code, when it was asked for.
+    """
+
+    op: OpOverload
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    ins: list[Value]
+    outs: list[Value]
+    inplace: bool = False
+    source: str = ""
+
+
+@dataclass(slots=True)
+class Program:
+    """A run of a module: its calls in order, its parameters, and what it returned.
+
+    Attributes:
+        calls: Operators in execution order.
+        params: Every parameter and float buffer of the module, used or not; ties share a value.
+        outputs: Values among the module's outputs (those that depend on parameters).
+        concrete: True if real weights had to be run, because control flow depends on them.
+        reason: Why the abstract run was given up, when `concrete`.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    params: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    concrete: bool = False
+    reason: str = ""
