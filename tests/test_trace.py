@@ -637,3 +637,17 @@ def test_unused_parameters_are_fixed_and_say_so() -> None:
 def test_roles(module: nn.Module, roles: dict[str, str]) -> None:
     space = wspace.trace(module, X)
     assert {name: space[name].role.value for name in roles} == roles
+
+
+def test_a_forward_that_casts_its_parameters() -> None:
+    """BUG sandbox: what `Module.to` does inside a forward (Switch's router) outlives the trace."""
+
+    class Casts(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.one = self.one.to(torch.float32)
+            return self.two(self.one(x.float()).relu().to(x.dtype))
+
+    module, x = Casts(torch.relu).double(), X.double()
+    before = observed(module, (x,), {})
+    wspace.trace(module, x)
+    assert changes(before, observed(module, (x,), {})) == []

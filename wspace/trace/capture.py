@@ -130,8 +130,7 @@ def _run(
         stack.enter_context(without_onednn())
         stack.enter_context(dense_experts(module))
         recorder = _Recorder(module, known, abstract=abstract)
-        if not abstract:
-            stack.enter_context(state_restored(module))
+        stack.enter_context(state_restored(module, values=not abstract))
         leaves, spec = tree_flatten((args, dict(kwargs)))
         leaves = [
             recorder.add_input(x, shaped=shaped) if isinstance(x, Tensor) else x for x in leaves

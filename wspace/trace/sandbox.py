@@ -119,17 +119,30 @@ class double_precision(TorchDispatchMode):  # noqa: N801  (used as a context man
 
 
 @contextmanager
-def state_restored(module: nn.Module):
-    """Context after which every parameter and buffer has the value it had before."""
-    saved = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
-    versions = [t._version for t, _ in saved]
+def state_restored(module: nn.Module, *, values: bool):
+    """Context after which parameters and buffers hold what they held before.
+
+    Storage and dtype are always put back (some modules convert themselves in their forward);
+    values only of constants, or of everything if `values`.
+    """
+    everything = [*module.parameters(), *module.buffers()]
+    kept = everything if values else [b for b in module.buffers() if b.numel() < _SMALL]
+    kept = [t for t in kept if not (t.is_meta or t.is_inference())]
+    saved = [(t, t._version, t.detach().clone()) for t in kept]
+    data = [(t, t.data) for t in everything if type(t) in (nn.Parameter, Tensor)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for (t, old), version in zip(saved, versions, strict=True):
+            for t, before in data:
+                if t.dtype != before.dtype or t.data_ptr() != before.data_ptr():
+                    t.data = before
+            for t, version, old in saved:
                 if t._version != version:
                     t.copy_(old)
+
+
+_SMALL = 1 << 20  # entries of a buffer that a module might count or cache in
 
 
 def persistent_float_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
