@@ -645,6 +645,8 @@ def test_a_forward_that_casts_its_parameters() -> None:
     class Casts(Net):
         def forward(self, x: Tensor) -> Tensor:
             self.one = self.one.to(torch.float32)
+            if self.one.weight.sum() > 1e9:  # needs the weights
+                return x
             return self.two(self.one(x.float()).relu().to(x.dtype))
 
     module, x = Casts(torch.relu).double(), X.double()
