@@ -238,6 +238,29 @@ def test_concatenation() -> None:
     )  # fmt: skip
 
 
+class Prepended(nn.Module):
+    """A learned token before the others: a concatenation along tokens joins the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.embed = nn.Parameter(torch.randn(1, 1, 12)), nn.Linear(5, 12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1)
+        return self.out(x.tanh())
+
+
+def test_a_token_before_the_others() -> None:
+    check(
+        wspace.trace(Prepended(), torch.zeros(2, 4, 5)),
+        {
+            "token": "1,1,e", "embed.weight": "e,5!", "embed.bias": "e", "out.weight": "3!,e",
+            "out.bias": "3!",
+        },
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------- attention
 
 

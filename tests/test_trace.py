@@ -94,6 +94,36 @@ def test_control_flow_on_weights_is_run_for_real() -> None:
     assert "concrete capture" in str(space)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_attention_run_for_real(grouped: bool) -> None:
+    """Fused attention kernels are one operator only where tensors are real."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kv = 14 if grouped else 28
+            self.q, self.k, self.v = nn.Linear(5, 28), nn.Linear(5, kv), nn.Linear(5, kv)
+            self.out = nn.Linear(28, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.q(x).sum() > 1e9:  # needs the weights
+                return x
+            q, k, v = (
+                m(x).unflatten(-1, (-1, 7)).transpose(1, 2) for m in (self.q, self.k, self.v)
+            )
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    space = proved(Attention(), torch.randn(2, 6, 5))
+    assert space.capture == "concrete"
+    queries = "g*r*d,5!" if grouped else "g*d,5!"
+    values = "3!,g*r*v" if grouped else "3!,g*v"
+    over = {"d": "g", "v": "g"} | ({"r": "g"} if grouped else {})
+    want = {"q.weight": queries, "k.weight": "g*d,5!", "v.weight": "g*v,5!", "out.weight": values}
+    weights = WeightSpace(tuple(p for p in space.params if p.name in want))
+    assert disagreements(weights, want, over) == []
+
+
 def test_control_flow_on_inputs_is_abstract() -> None:
     module = Net(lambda h: h.relu())
     module.register_forward_pre_hook(lambda m, a: (a[0] if a[0].sum() > 0 else -a[0],))

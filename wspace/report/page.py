@@ -138,7 +138,7 @@ class Report:
     def html(self) -> str:
         """The page as text."""
         lead = f'<p class="lead">{escape(self._lead)}</p>' if self._lead else ""
-        links = "".join(
+        links = " ".join(  # a blank, so that the row can wrap
             f'<a href="#part{i}">{escape(text)}</a>' for i, text in enumerate(self._headings, 1)
         )
         nav = f"<nav>{links}</nav>" if len(self._headings) > 1 else ""
