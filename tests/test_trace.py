@@ -683,3 +683,35 @@ def test_a_forward_that_casts_its_parameters() -> None:
     before = observed(module, (x,), {})
     wspace.trace(module, x)
     assert changes(before, observed(module, (x,), {})) == []
+
+
+def test_numbers_taken_out_past_the_dispatcher_fix_what_they_come_from() -> None:
+    """`tolist` and `numpy` are no operators; what they read decides which units do what."""
+
+    class Ranked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.parts = nn.Linear(5, 4), nn.Parameter(torch.randn(4, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            counts = self.gate(x).argmax(-1, keepdim=True)
+            hits = torch.zeros(len(x), 4, dtype=x.dtype).scatter(1, counts, 1.0).sum(0)
+            sizes = hits.long().tolist()
+            return x * sum(n * (i + 1) * self.parts[i] for i, n in enumerate(sizes))
+
+    space = proved(Ranked(), torch.randn(9, 5))
+    assert space.capture == "concrete"
+    assert "gate.weight(4!, 5!)" in str(space)
+
+
+def test_sorted_indices_are_in_the_order_of_what_they_point_to() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.weight = nn.Linear(5, 4), nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            order = self.gate(x).argmax(-1).sort().indices
+            return x[order] * self.weight
+
+    assert "gate.weight(4!, 5!)" in str(proved(Sorted(), torch.randn(6, 5)))

@@ -164,7 +164,7 @@ def _freeze(s: Solver, values: list[Value]) -> None:
 
 _READS_POINTS = frozenset(
     """
-    embedding index index_select gather index_add scatter scatter_add histc sort index_put
+    embedding index index_select gather index_add scatter scatter_add histc index_put
     """.split()
 )
 _KEEPS_POINTS = frozenset(

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -138,6 +139,8 @@ def _run(
         args, kwargs = tree_unflatten(leaves, spec)
         if shaped:
             recorder.shape_module(module)
+        if not abstract:
+            stack.enter_context(_Reads(recorder))
         stack.enter_context(recorder)
         result = module(*args, **kwargs)
     return recorder.finish(result)
@@ -385,6 +388,13 @@ class _Recorder(TorchDispatchMode):
         self.program.calls.append(call)
         return out
 
+    def read(self, tensor: Tensor) -> None:
+        """Records that the module looks at the entries of a tensor, one by one."""
+        value = self._value(tensor)
+        if value.kind in (PARAM, ACTIVE):
+            op = torch.ops.aten._local_scalar_dense.default
+            self.program.calls.append(Call(op, "_local_scalar_dense", (value,), {}, [value], []))
+
     # ------------------------------------------------------------------ result
 
     def finish(self, result: Any) -> Program:
@@ -394,6 +404,25 @@ class _Recorder(TorchDispatchMode):
             if value.kind in (PARAM, ACTIVE):
                 self.program.outputs.append(value)
         return self.program
+
+
+class _Reads(TorchFunctionMode):
+    """Mode that records where a module takes numbers out of tensors past the dispatcher."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            self.recorder.read(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -410,8 +410,6 @@ def _sort(s: Solver, call: Call) -> Result:
     out = [s.atom(size, fixed=True) if i == d else axis for i, axis in enumerate(x.axes)]
     if len(call.outs) > 1:
         call.outs[1].points = x.axes[d]
-    if x.points is not None:  # sorting indices groups them; which order does not matter
-        call.outs[0].points = x.points
     return tuple(list(out) for _ in call.outs)
 
 
