@@ -124,6 +124,30 @@ def test_attention_run_for_real(grouped: bool) -> None:
     assert disagreements(weights, want, over) == []
 
 
+@pytest.mark.parametrize("capture", ["abstract", "concrete"])
+def test_attention_to_a_learned_memory(capture: str) -> None:
+    """The slots of the memory are in no order: keys and values move together."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.out = nn.Linear(5, 7), nn.Linear(7, 3)
+            self.k, self.v = (nn.Parameter(torch.randn(9, 7)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if capture == "concrete" and self.k.sum() > 1e9:
+                return x
+            k, v = (t.expand(len(x), 1, -1, -1) for t in (self.k, self.v))
+            y = F.scaled_dot_product_attention(self.q(x)[:, None], k, v)
+            return self.out(y[:, 0])
+
+    space = proved(Memory(), torch.randn(2, 6, 5))
+    assert space.capture == capture
+    want = {"q.weight": "d,5!", "k": "m,d", "v": "m,e", "out.weight": "3!,e"}
+    weights = WeightSpace(tuple(p for p in space.params if p.name in want))
+    assert disagreements(weights, want) == []
+
+
 def test_control_flow_on_inputs_is_abstract() -> None:
     module = Net(lambda h: h.relu())
     module.register_forward_pre_hook(lambda m, a: (a[0] if a[0].sum() > 0 else -a[0],))
