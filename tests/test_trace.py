@@ -477,6 +477,30 @@ def test_a_dependence_on_an_index_that_occurs_twice() -> None:
         )
 
 
+def test_a_dependence_on_one_of_two_fixed_indices_that_are_exchanged() -> None:
+    """BUG solve: fixed axes that are identified stay two atoms, so d may depend on one of them.
+
+    The units d at place (i, j) meet those at (j, i), so that they must agree.
+    """
+
+    class Exchanged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(2, 2, 3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            squares = (self.p * self.p).sum((1, 2)) * x  # the first axis is an output
+            return squares, torch.dot(self.p.flatten(), self.p.transpose(0, 1).flatten()), x
+
+    module, x = Exchanged(), torch.randn(2)
+    space = wspace.trace(module, x)
+    p = module.p.detach().double()
+    for seed in range(5):
+        t = wspace.sample(space, generator=torch.Generator().manual_seed(seed))
+        q = wspace.act(t, {"p": p}, space)["p"]
+        torch.testing.assert_close((q * q.transpose(0, 1)).sum(), (p * p.transpose(0, 1)).sum())
+
+
 # -------------------------------------------------------------------------- inputs, outputs
 
 
@@ -739,3 +763,18 @@ def test_sorted_indices_are_in_the_order_of_what_they_point_to() -> None:
             return x[order] * self.weight
 
     assert "gate.weight(4!, 5!)" in str(proved(Sorted(), torch.randn(6, 5)))
+
+
+def test_a_dependence_on_fixed_indices_that_are_identified_late() -> None:
+    """Both indices are fixed before they turn out to be one: units may not differ by either."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(2, 2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = (self.p.square() * x[..., None]).sum(-1)
+            return first + (self.p * self.p.transpose(0, 1)).sum(-1)
+
+    proved(Late(), torch.randn(2, 2))

@@ -116,6 +116,8 @@ class Solver(Atoms):
         if self._fixed[x] or self._fixed[y]:
             self.freeze((x,))
             self.freeze((y,))
+            if x not in self._concat and y not in self._concat:
+                self._parent[x] = y  # one index all the same: what depends on it is told by it
             return
         if x in self._concat and y in self._concat:
             self._merge_concats(x, y)
