@@ -230,7 +230,7 @@ def test_reshape_and_back(shape: list[int], data: st.DataObject) -> None:
 
 
 def test_a_view_that_cannot_be_described_freezes_all_of_it() -> None:
-    """BUG solve.reshape: when it gives up, what it had already placed stays free in the input."""
+    """When it gives up, what it had already placed stays free in the input."""
     s = Solver()
     a, b = s.fresh([6, 2])
     s.reshape([a, b], [2, 2, 3])
@@ -489,7 +489,7 @@ def test_every_derived_element_is_allowed(m: Machine) -> None:
 
 
 def test_fixed_indices_that_are_exchanged() -> None:
-    """BUG solve: fixed axes that are identified stay two atoms, so d may depend on one of them."""
+    """Fixed axes that are identified stay two atoms, so d may depend on one of them."""
     m = Machine()
     m.leaf((2, 2, 3))
     m.permute(0, (1, 0, 2))

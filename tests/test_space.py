@@ -207,7 +207,7 @@ def test_json_that_points_nowhere() -> None:
     data["params"][0][1][0] = [99]
     with pytest.raises(SpaceMismatch, match="not a weight space"):
         WeightSpace.from_json(json.dumps(data))
-    data["params"][0][1][0] = [-1]  # BUG from_json: a negative index is taken from the end
+    data["params"][0][1][0] = [-1]  # was a bug in from_json: a negative index is taken from the end
     with pytest.raises(SpaceMismatch, match="not a weight space"):
         WeightSpace.from_json(json.dumps(data))
 

@@ -336,7 +336,7 @@ def test_parameters_in_lists_and_dicts() -> None:
 
 
 def test_nothing_is_left_on_tensors_of_the_module() -> None:
-    """BUG capture: constants keep a `_wspace` attribute, which holds axes of a finished trace."""
+    """Constants keep a `_wspace` attribute, which holds axes of a finished trace."""
     module = Plain()
     wspace.trace(module, X)
     left = [vars(t) for t in (module.mask, module.index, module.shift, *module.parameters())]
@@ -344,7 +344,7 @@ def test_nothing_is_left_on_tensors_of_the_module() -> None:
 
 
 def test_a_constant_that_two_modules_share_is_new_to_each() -> None:
-    """BUG capture: the second trace uses the axes that the first has given to a constant."""
+    """The second trace uses the axes that the first has given to a constant."""
 
     def net(shared: Tensor) -> nn.Module:
         return Net(lambda h: h.relu() * shared)
@@ -356,7 +356,7 @@ def test_a_constant_that_two_modules_share_is_new_to_each() -> None:
 
 
 def test_a_traced_module_can_be_copied_and_pickled() -> None:
-    """BUG capture: as above; a copy or a pickle would carry the trace along."""
+    """Once wrong in capture: as above; a copy or a pickle would carry the trace along."""
     module = Plain()
     before = pickle.dumps(module)
     wspace.trace(module, X)
@@ -387,7 +387,7 @@ def test_parametrizations() -> None:
 
 
 def test_spectral_norm() -> None:
-    """BUG rules: the rule of `dot` is also that of `vdot`, whose argument is named `other`."""
+    """The rule of `dot` is also that of `vdot`, whose argument is named `other`."""
     module = mlp(5, 12, 20, 3)
     nn.utils.parametrizations.spectral_norm(module[2])
     space = proved(module, X)
@@ -428,7 +428,7 @@ def test_ties_by_storage() -> None:
 
 
 def test_tied_transposed_weights() -> None:
-    """BUG verify: every group lies on one tensor only, so no control breaks the symmetry."""
+    """Every group lies on one tensor only, so no control breaks the symmetry."""
 
     class Auto(nn.Module):
         def __init__(self) -> None:
@@ -442,7 +442,7 @@ def test_tied_transposed_weights() -> None:
 
 
 def test_a_view_that_cannot_be_described() -> None:
-    """BUG solve.reshape: the part of a view that was placed before it gave up stayed free."""
+    """The part of a view that was placed before it gave up stayed free."""
 
     class Viewed(nn.Module):
         def __init__(self) -> None:
@@ -456,7 +456,7 @@ def test_a_view_that_cannot_be_described() -> None:
 
 
 def test_a_dependence_on_an_index_that_occurs_twice() -> None:
-    """BUG solve.settle: with axes (h, h, d), d may not depend on h: which of the two?"""
+    """Once wrong in solve.settle: with axes (h, h, d), d may not depend on h: which of the two?"""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -478,7 +478,7 @@ def test_a_dependence_on_an_index_that_occurs_twice() -> None:
 
 
 def test_a_dependence_on_one_of_two_fixed_indices_that_are_exchanged() -> None:
-    """BUG solve: fixed axes that are identified stay two atoms, so d may depend on one of them.
+    """Fixed axes that are identified stay two atoms, so d may depend on one of them.
 
     The units d at place (i, j) meet those at (j, i), so that they must agree.
     """
@@ -552,7 +552,7 @@ def test_a_tensor_stands_for_a_tuple_of_one() -> None:
 
 
 def test_inputs_are_not_changed() -> None:
-    """BUG capture: in the abstract mode an in-place operator writes to the caller's input."""
+    """In the abstract mode an in-place operator writes to the caller's input."""
     module = Net(torch.relu)
     module.register_forward_pre_hook(lambda m, a: (a[0].mul_(2),))
     for m in (module, ControlFlow()):
@@ -601,7 +601,7 @@ def test_meta_modules(make: Callable[[], nn.Module]) -> None:
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_fake_modules(make: Callable[[], nn.Module]) -> None:
-    """BUG capture: "operator prim::device does not exist" for parameters of a FakeTensorMode."""
+    """ "operator prim::device does not exist" for parameters of a FakeTensorMode."""
     want = wspace.trace(make(), X)
     with FakeTensorMode():
         fake = make()
@@ -609,7 +609,7 @@ def test_fake_modules(make: Callable[[], nn.Module]) -> None:
 
 
 def test_recurrent_modules_need_no_weights() -> None:
-    """BUG capture: `nn.LSTM` on the meta device refuses inputs on the CPU."""
+    """Once wrong in capture: `nn.LSTM` on the meta device refuses inputs on the CPU."""
 
     class Readout(nn.Module):
         def __init__(self) -> None:
@@ -672,7 +672,7 @@ def test_a_backward_pass_may_be_under_way() -> None:
 
 
 def test_inside_inference_and_grad_modes() -> None:
-    """BUG capture: under `inference_mode` the scale symmetry of a ReLU layer is lost."""
+    """Once wrong in capture: under `inference_mode` the scale symmetry of a ReLU layer is lost."""
     module = mlp(5, 12, 3)
     want = wspace.trace(module, X)
     with torch.inference_mode():
@@ -718,7 +718,7 @@ def test_roles(module: nn.Module, roles: dict[str, str]) -> None:
 
 
 def test_a_forward_that_casts_its_parameters() -> None:
-    """BUG sandbox: what `Module.to` does inside a forward (Switch's router) outlives the trace."""
+    """What `Module.to` does inside a forward (Switch's router) outlives the trace."""
 
     class Casts(Net):
         def forward(self, x: Tensor) -> Tensor:

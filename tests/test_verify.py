@@ -169,7 +169,7 @@ def test_a_wrong_gauge() -> None:
 
 
 def test_a_right_space_whose_groups_have_no_partner() -> None:
-    """BUG verify: here no control can fail, since one tensor alone carries each group."""
+    """Once wrong in verify: here no control can fail, since one tensor alone carries each group."""
 
     class Mean(nn.Module):
         def __init__(self) -> None:

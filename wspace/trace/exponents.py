@@ -124,6 +124,17 @@ class Equations:
             self._free[atom] = self.naming.s.free((atom,))
         return self._free[atom]
 
+    def runs(self, leaves: Iterable[int]) -> list[tuple[int, int]]:
+        """Leaves in order, a run of fixed ones as its length: how it is cut says nothing."""
+        out: list[tuple[int, int]] = []
+        for atom in leaves:
+            if self.is_free(atom):
+                out.append((atom, 0))
+            else:
+                before = out.pop()[1] if out and out[-1][0] == -1 else 0
+                out.append((-1, before + self.naming.s.size((atom,))))
+        return out
+
     def rows(self, value: Value) -> list[Row]:
         """Exponents of a value: unknown for a parameter, zero for an input or constant."""
         rows = self.made.get(id(value))

@@ -397,17 +397,18 @@ def _cat(p: Equations, call: Call) -> list[list[Row]]:
         for d, row in enumerate(p.rows(other)):
             if d != dim:
                 p.equate(out[d], row)
-    rows = [p.rows(t)[dim] for t in tensors]
-    parts = [p.leaves(t.axes[dim]) for t in tensors]
+    rows, parts = [p.rows(t)[dim] for t in tensors], [p.leaves(t.axes[dim]) for t in tensors]
     whole = p.leaves(call.outs[0].axes[dim])
     if whole and not p.is_free(whole[0]) and all(part == whole[1:] for part in parts):
         for row in rows[1:]:  # shuffled later: a fixed index over one group, which scales as one
             p.equate(rows[0], row)
         out[dim] = [{}, *rows[0]]
         return [out]
-    out[dim] = [e for row in rows for e in row]
-    if [a for part in parts for a in part] != whole:
+    if p.runs(a for part in parts for a in part) != p.runs(whole):
         return give_up(p, call)
+    each = (zip(part, row, strict=True) for part, row in zip(parts, rows, strict=True))
+    moved = iter([e for part in each for a, e in part if p.is_free(a)])
+    out[dim] = [next(moved) if p.is_free(a) else {} for a in whole]
     return [out]
 
 
