@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ("trace_speed", "trace_scale", "act_speed", "which_models")
+SCRIPTS = (
+    *("trace_speed", "trace_scale", "act_speed", "which_models"),
+    *("layer_speed", "metanet_speed", "accuracy_prediction"),
+)
 
 
 def run(name: str, more: list[str]) -> tuple[bool, str]:

@@ -314,17 +314,31 @@ def _rescale(t: Transform, p: Param, gauge: Gauge, factor: Tensor, x: Tensor) ->
                 values = 1 - 2 * torch.remainder(factor * exponent, 2)
             else:
                 values = factor ** float(exponent)
-            along = _along(p, d, gauge.group, occurrence, values, 1.0)
+            along = along_axis(p, d, gauge.group, occurrence, values, 1.0)
             x = x * along.reshape([-1 if i == lead + d else 1 for i in range(x.dim())]).to(x)
     for name, d, occurrence, amount in gauge.shifts:
         if name == p.name:
-            along = _along(p, d, gauge.group, occurrence, factor * amount, 0.0)
+            along = along_axis(p, d, gauge.group, occurrence, factor * amount, 0.0)
             x = x + along.reshape([-1 if i == lead + d else 1 for i in range(x.dim())]).to(x)
     return x
 
 
-def _along(p: Param, d: int, group: str, occurrence: int, values: Tensor, neutral: float) -> Tensor:
-    """Per-unit `values` of one occurrence of a group along an axis, `neutral` elsewhere."""
+def along_axis(
+    p: Param, d: int, group: str, occurrence: int, values: Tensor, neutral: float
+) -> Tensor:
+    """Per-unit values of one occurrence of a group laid along an axis.
+
+    Args:
+        p: The parameter.
+        d: Dimension of the parameter.
+        group: Name of the group.
+        occurrence: Which appearance of the group in that axis.
+        values: One number per unit, ``(*sizes of over, size)``.
+        neutral: What stands elsewhere.
+
+    Returns:
+        ``(axis size,)``, float64.
+    """
     env = {p.at[0]: torch.tensor([p.at[1]])} if p.at else {}
     turns = iter(range(10**9))
 

@@ -1,0 +1,354 @@
+"""Dense, streamed message passing over the blocks of a parameter graph.
+
+A block is a dense tensor between two node sets, so a message is a broadcast and a reduction: no
+edge list, no scatter over edges. Blocks are cut into chunks that stay in the cache.
+
+The state of an edge at layer :math:`l` is a function of the raw block and of the node states of the
+layers before, so it need not be stored: *streamed*, it is recomputed chunk by chunk in every layer,
+and memory is that of the nodes plus one chunk. In training, chunks are checkpointed: their
+intermediate results are recomputed in the backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+from torch.utils.checkpoint import checkpoint
+
+from wspace.graph import ParameterGraph
+from wspace.nn.layout import Chunk, EdgeForm, chunks_of, forms_of
+
+CHUNK = 1 << 13
+"""Edges that are computed at once, if the caller asks for no other number."""
+SAVED = 1 << 25
+"""Numbers of edge state up to which training saves intermediate results, if not streamed."""
+KEPT = 1 << 26
+"""Numbers of edge state up to which it is kept between layers, if not told otherwise."""
+
+
+Select = Callable[[Any, EdgeForm, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+Step = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+class MessageLayer(Protocol):
+    """One round of message passing; `run` calls these in turn.
+
+    Shapes: nodes ``(B, N, ·)``; at one chunk of a block ``e`` is ``(b, P, T, S, C)``, ``ps`` is
+    ``(b, P, 1, S, ·)`` and ``pt`` is ``(b, P, T, 1, ·)``. Messages to targets are reduced over
+    S, those to sources over T, by the rules that `reductions` names for the two.
+    """
+
+    reductions: tuple[tuple[str, ...], tuple[str, ...]]
+
+    def nodes(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """What edges need of their source and of their target, ``(B, N, ·)`` each."""
+        ...
+
+    def advance(self, e: Tensor, ps: Tensor, pt: Tensor) -> Tensor:
+        """The next state of the edges."""
+        ...
+
+    def step(self, e: Tensor, ps: Tensor, pt: Tensor) -> Step:
+        """The next state of the edges, and their reduced messages to targets and to sources."""
+        ...
+
+
+class MessagePassing:
+    """The edges of one batch of graphs of one space, and how they are computed.
+
+    Args:
+        graph: The graph, its batch axes in front.
+        coefficients: For every edge block ``(F, C)``: what its taps contribute to the edge's first
+            state, their scale included.
+        codes: ``(edge blocks, C)``: a constant part of that state.
+        stream: True to recompute edge states in every layer, False to keep them; None decides by
+            their size.
+        chunk: Edges computed at once.
+        select: Changes what a block's edges see of their two ends in a layer,
+            ``(B, P, 1, S, ·)`` and ``(B, P, T, 1, ·)``.
+    """
+
+    def __init__(
+        self,
+        graph: ParameterGraph,
+        coefficients: Sequence[Tensor],
+        codes: Tensor,
+        *,
+        stream: bool | None = None,
+        chunk: int = CHUNK,
+        select: Select | None = None,
+    ) -> None:
+        self._select = select
+        self.forms = forms_of(graph.structure)
+        self.batch = prod(graph.batch)
+        plain = torch.compiler.is_compiling() or _transformed()
+        self.chunks = chunks_of(self.forms, self.batch, 1 << 62 if plain else chunk)
+        numbers = sum(f.entries for f in self.forms.edges) * self.batch * codes.shape[-1]
+        self.stream = (numbers > KEPT) if stream is None else stream
+        self._wide = codes.dtype
+        self._low = _autocast_dtype(codes.device.type)
+        self._checkpoint = not plain and (self.stream or numbers > SAVED)
+        self._layers: list[MessageLayer] = []
+        self._states = self._begin(graph, coefficients, codes)
+
+    def _begin(
+        self, graph: ParameterGraph, coefficients: Sequence[Tensor], codes: Tensor
+    ) -> list["_State"]:
+        """How the first state of every chunk is made from its entries."""
+        out: list[_State] = []
+        for i, (form, own) in enumerate(zip(self.forms.edges, self._by_form(), strict=True)):
+            raw, code = form.raw(graph, self.batch), codes[i]
+            if raw is None:
+                for c in own:
+                    shape = [b - a for a, b in (c.batch, c.pairs, c.targets)]
+                    first = _Constant(code, (*shape, form.sizes[2]), self._low)
+                    out.append(_State(i, valued=False, first=first))
+            else:
+                first = _Embed(coefficients[i], code, self._low)
+                pieces = _pieces(raw, own, targets=True)
+                out += [_State(i, valued=True, first=first, given=[x]) for x in pieces]
+        return out
+
+    def _by_form(self) -> list[list[Chunk]]:
+        out: list[list[Chunk]] = [[] for _ in self.forms.edges]
+        for c in self.chunks:
+            out[c.form].append(c)
+        return out
+
+    # ------------------------------------------------------------- one layer
+
+    def run(self, layer: MessageLayer, x: Tensor, u: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """One round of messages.
+
+        Args:
+            layer: The layer.
+            x: Node states, ``(B, N, C)``.
+            u: Global state, ``(B, C)``.
+
+        Returns:
+            What every node receives as a target and as a source: for each reduction of the layer
+            ``(B, N, ·)``. Where no message arrives it is 0.
+        """
+        self._attach(layer, x, u)
+        results: list[tuple[Tensor, ...]] = []
+        for state in self._states:
+            e, *out = self._call(state, _step)
+            if not self.stream:
+                state.given, state.first, state.ends = [e], None, []
+            results.append(tuple(out))
+        if not self.stream:
+            self._layers.clear()
+        kinds = [(how, True) for how in layer.reductions[0]]
+        kinds += [(how, False) for how in layer.reductions[1]]
+        received = [
+            self._collect([r[k] for r in results], how, x.shape[1], to_target=to_target)
+            for k, (how, to_target) in enumerate(kinds)
+        ]
+        split = len(layer.reductions[0])
+        return received[:split], received[split:]
+
+    def read(
+        self, layer: MessageLayer, x: Tensor, u: Tensor, final: Callable[[Tensor, int], Tensor]
+    ) -> list[Tensor | None]:
+        """A value for every entry of every block that has values.
+
+        Args:
+            layer: Gives the last state of the edges.
+            x: Node states, ``(B, N, C)``.
+            u: Global state, ``(B, C)``.
+            final: Edge states of a chunk ``(b, P, T, S, C)`` and the place of its block →
+                ``(b, P, T, S, F)``.
+
+        Returns:
+            ``(B, P, T, S, F)`` for every edge block; None for structural ones.
+        """
+        self._attach(layer, x, u)
+        parts: dict[int, list[tuple[Chunk, Tensor]]] = {}
+        for c, state in zip(self.chunks, self._states, strict=True):
+            if state.valued:
+                (made,) = self._call(state, _Final(final, c.form))
+                parts.setdefault(c.form, []).append((c, made))
+        return [_joined(parts[i], 2) if i in parts else None for i in range(len(self.forms.edges))]
+
+    def _attach(self, layer: MessageLayer, x: Tensor, u: Tensor) -> None:
+        """Gives every chunk what the layer's edges need of their two ends."""
+        self._layers.append(layer)
+        sizes = [n.size for n in self.forms.structure.nodes]
+        ends = layer.nodes(x, u)
+        if self._low is not None:  # sums of node and edge terms would be float32 otherwise
+            ends = ends[0].to(self._low), ends[1].to(self._low)
+        ps, pt = (y.split(sizes, 1) for y in ends)
+        states = iter(self._states)
+        for form, own in zip(self.forms.edges, self._by_form(), strict=True):
+            p, t, s, _ = form.sizes
+            assert form.block.source is not None
+            source = _rows(ps[form.block.source.nodes], form.source).unflatten(1, (p, 1, s))
+            target = _rows(pt[form.block.target.nodes], form.target).unflatten(1, (p, t, 1))
+            if self._select is not None:
+                source, target = self._select(layer, form, source, target)
+            begins = _pieces(source, own, targets=False)
+            ends = _pieces(target, own, targets=True)
+            for begin, end in zip(begins, ends, strict=True):
+                next(states).ends += [begin, end]
+
+    def _call(self, state: "_State", fn: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Edge state of a chunk through the layers it has not seen, then `fn`."""
+        work = _Work(self._layers, state.first, fn)
+        inputs = [*state.given, *state.ends]
+        if torch.is_grad_enabled() and self._checkpoint:
+            made = checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return cast("tuple[Tensor, ...]", made)
+        return work(*inputs)
+
+    def _collect(self, parts: list[Tensor], how: str, nodes: int, *, to_target: bool) -> Tensor:
+        """Reduced messages of all chunks, brought to the nodes, ``(B, N, ·)``."""
+        by_form: dict[int, list[tuple[Chunk, Tensor]]] = {}
+        for c, part in zip(self.chunks, parts, strict=True):
+            by_form.setdefault(c.form, []).append((c, part))
+        rows = [
+            _joined(some, 2 if to_target else None, how).flatten(1, 2) for some in by_form.values()
+        ]
+        values = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+        units = self.forms.receivers[0 if to_target else 1].to(values.device)
+        values = values.to(self._wide)
+        out = values.new_zeros(values.shape[0], nodes, values.shape[-1])
+        if how == "sum":
+            return out.index_add(1, units, values)
+        index = units[None, :, None].expand_as(values)
+        return out.scatter_reduce(1, index, values, f"a{how}", include_self=False)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that automatic mixed precision computes in; None if it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _transformed() -> bool:
+    """True inside `torch.func` transforms, whose levels a checkpoint does not see."""
+    return _functorch.maybe_current_level() is not None
+
+
+@dataclass
+class _State:
+    """Edges of one chunk: tensors given, how their first state is made, ends for every layer."""
+
+    form: int
+    valued: bool
+    first: Callable[..., Tensor] | None
+    given: list[Tensor] = field(default_factory=list)
+    ends: list[Tensor] = field(default_factory=list)
+
+
+def _pieces(x: Tensor, own: Sequence[Chunk], *, targets: bool) -> list[Tensor]:
+    """``(B, P, T or 1, …)`` cut as the chunks of a block are."""
+    out = []
+    batches = list(dict.fromkeys(c.batch for c in own))
+    pairs = list(dict.fromkeys(c.pairs for c in own))
+    cuts = list(dict.fromkeys(c.targets for c in own))
+    for part in _split(x, batches, 0):
+        for some in _split(part, pairs, 1):
+            out += _split(some, cuts, 2) if targets else [some] * len(cuts)
+    return out
+
+
+def _split(x: Tensor, cuts: Sequence[tuple[int, int]], dim: int) -> list[Tensor]:
+    return [x] if len(cuts) == 1 else list(x.split([b - a for a, b in cuts], dim))
+
+
+def _joined(some: list[tuple[Chunk, Tensor]], dim: int | None, how: str = "sum") -> Tensor:
+    """Chunks of one block put together again: targets (reduced if `dim` is None), pairs, batch."""
+    batches: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]] = {}
+    for c, part in some:
+        batches.setdefault(c.batch, {}).setdefault(c.pairs, []).append(part)
+
+    def joined(parts: list[Tensor], dim: int | None) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        return _accumulated(parts, how) if dim is None else torch.cat(parts, dim)
+
+    rows = [joined([joined(t, dim) for t in p.values()], 1) for p in batches.values()]
+    return joined(rows, 0)
+
+
+def _accumulated(parts: list[Tensor], how: str) -> Tensor:
+    fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[how]
+    total = parts[0]
+    for part in parts[1:]:
+        total = fold(total, part)
+    return total
+
+
+def _rows(x: Tensor, units: Tensor) -> Tensor:
+    """Rows of ``(B, N, K)``; a view if the units follow one another."""
+    start = _start(units)
+    return (
+        x.index_select(1, units.to(x.device)) if start is None else x.narrow(1, start, len(units))
+    )
+
+
+@lru_cache(maxsize=1 << 14)
+def _start(units: Tensor) -> int | None:
+    """First unit if the others follow it one by one."""
+    if len(units) == 0 or bool((units[1:] - units[:-1] != 1).any()):
+        return None
+    return int(units[0])
+
+
+def _step(layer: MessageLayer, e: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor, ...]:
+    e, to_target, to_source = layer.step(e, ps, pt)
+    return (e, *to_target, *to_source)
+
+
+class _Final:
+    def __init__(self, final: Callable[[Tensor, int], Tensor], form: int) -> None:
+        self.final, self.form = final, form
+
+    def __call__(self, layer: MessageLayer, e: Tensor, ps: Tensor, pt: Tensor) -> tuple[Tensor]:
+        return (self.final(layer.advance(e, ps, pt), self.form),)
+
+
+class _Embed:
+    def __init__(self, coefficients: Tensor, code: Tensor, dtype: torch.dtype | None) -> None:
+        dtype = dtype or code.dtype
+        self.coefficients, self.code = coefficients.to(dtype), code.to(dtype)
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        raw = raw.to(self.code.dtype)
+        if len(self.coefficients) == 1:
+            return torch.addcmul(self.code, raw, self.coefficients[0])
+        return raw @ self.coefficients + self.code
+
+
+class _Constant:
+    def __init__(self, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+        self.code, self.shape = code.to(dtype or code.dtype), shape
+
+    def __call__(self) -> Tensor:
+        return self.code.expand(*self.shape, -1)
+
+
+class _Work:
+    """Makes the first state of a chunk if needed, advances it, applies `fn` in the last layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[MessageLayer],
+        first: Callable[..., Tensor] | None,
+        fn: Callable[..., tuple[Tensor, ...]],
+    ) -> None:
+        self.layers, self.first, self.fn = list(layers), first, fn
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ends = len(inputs) - 2 * len(self.layers)
+        given, nodes = inputs[:ends], inputs[ends:]
+        e = given[0] if self.first is None else self.first(*given)
+        for k, layer in enumerate(self.layers[:-1]):
+            e = layer.advance(e, nodes[2 * k], nodes[2 * k + 1])
+        return self.fn(self.layers[-1], e, nodes[-2], nodes[-1])

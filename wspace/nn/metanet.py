@@ -1,0 +1,185 @@
+"""`Metanet`: what all graph metanets share, from a graph or a mixed list of graphs to an answer."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from wspace.errors import SpaceMismatch, message
+from wspace.graph import ParameterGraph
+from wspace.nn.batch import by_space, stacked
+from wspace.nn.embed import Embedding
+from wspace.nn.heads import GraphHead, NeuronHead, ParameterHead
+from wspace.nn.message import CHUNK, MessagePassing
+from wspace.nn.pool import pooled
+
+Head = Literal["graph", "neuron", "parameter"]
+Part = Literal["all", "nodes", "edges"]
+"""What of a layer is needed: all; all but the next state of the edges, since no one reads it; or
+only that, since a head reads it."""
+
+
+class Metanet(nn.Module):
+    """Base of the graph metanets: embedding, layers of messages, and a head.
+
+    A subclass gives the layers (`make_layer`), which follow `wspace.nn.message.MessageLayer` and
+    have a method ``update(x, u, received, structure)``.
+
+    Args:
+        out: Length of the vector per network (head ``"graph"``) or per unit (``"neuron"``);
+            ignored by ``"parameter"``.
+        channels: Width C.
+        layers: Number of layers.
+        head: What is returned; see `forward`.
+        probes: Probes of the networks' function, for networks of one module; their activations
+            become node features.
+        dropout: Dropout on node states.
+        stream: True to recompute edge states instead of keeping them (memory does not grow with
+            parameters × channels), False to keep them, None to decide by size.
+        chunk: Edges computed at once.
+        options: Options of the layers.
+    """
+
+    def __init__(
+        self,
+        out: int = 1,
+        *,
+        channels: int = 64,
+        layers: int = 4,
+        head: Head = "graph",
+        probes: nn.Module | None = None,
+        dropout: float = 0.0,
+        stream: bool | None = None,
+        chunk: int = CHUNK,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.kind, self.stream, self.chunk = head, stream, chunk
+        self.embedding = self.make_embedding(
+            channels, 0 if probes is None else int(cast(Any, probes).count)
+        )
+        self.probes = probes
+        parts: list[Part] = ["all"] * layers
+        if head != "parameter" and parts:
+            parts[-1] = "nodes"
+        self.layers = nn.ModuleList(
+            self.make_layer(channels, part=part, **options) for part in parts
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.start = nn.Parameter(torch.zeros(channels))
+        self.last = None
+        if head == "parameter":
+            self.last = self.make_layer(channels, part="edges", **options)
+        self.head = self.make_head(head, channels, out, dropout, **options)
+
+    def make_embedding(self, channels: int, probes: int) -> Embedding:
+        """Makes the first states; a subclass may have its own."""
+        return Embedding(channels, probes)
+
+    def make_head(
+        self, kind: Head, channels: int, out: int, dropout: float, **options: Any
+    ) -> nn.Module:
+        """The head; a subclass may have its own."""
+        heads = {
+            "graph": lambda: GraphHead(channels, out, dropout=dropout),
+            "neuron": lambda: NeuronHead(channels, out),
+            "parameter": lambda: ParameterHead(channels),
+        }
+        if kind not in heads:
+            raise ValueError(
+                message(f"metanet: unknown head {kind!r}", expected=f"one of {tuple(heads)}")
+            )
+        return heads[kind]()
+
+    def make_layer(self, channels: int, *, part: Part, **options: Any) -> nn.Module:
+        """One layer, or the part of it that is needed."""
+        raise NotImplementedError
+
+    def forward(self, graphs: ParameterGraph | Sequence[ParameterGraph]) -> Any:
+        """Runs on one graph, or on a list of graphs of any architectures.
+
+        Args:
+            graphs: A graph, whose leading batch axes stand for several networks of one space; or a
+                list of graphs, mixed as they come.
+
+        Returns:
+            Head ``"graph"``: ``(*batch, out)``; for a list ``(rows, out)``, graphs in order, one
+            row for each network. Head ``"neuron"``: for every node set ``(*batch, size, out)``.
+            Head ``"parameter"``: a state. For a list, the last two return lists.
+
+        Raises:
+            SpaceMismatch: If a graph has no edges, the list is empty, or probes are of another
+                space.
+        """
+        if isinstance(graphs, ParameterGraph):
+            return self._one(graphs)
+        return _scattered(graphs, self._one, joined=self.kind == "graph")
+
+    def _one(self, graph: ParameterGraph) -> Any:
+        if not graph.structure.edges:
+            raise SpaceMismatch(
+                message("metanet: the graph has no edges", help="is there a parameter at all?")
+            )
+        x, u, edges = self.begin(graph)
+        for layer in self.layers:
+            received = edges.run(cast(Any, layer), x, u)
+            x, u = cast(Any, layer).update(x, u, received, graph.structure)
+            x = self.regularize(x)
+        return self.answer(graph, x, u, edges)
+
+    def begin(self, graph: ParameterGraph) -> tuple[Tensor, Tensor, MessagePassing]:
+        """First states of the nodes ``(B, N, C)`` and of the whole ``(B, C)``, and the edges."""
+        structure, rows = graph.structure, prod(graph.batch)
+        x = self.embedding.nodes(graph, rows, self.probed(graph))
+        u = self.start.expand(rows, -1) + pooled(structure, x)
+        coefficients, codes = self.embedding.edges(structure)
+        edges = MessagePassing(graph, coefficients, codes, stream=self.stream, chunk=self.chunk)
+        return x, u, edges
+
+    def regularize(self, x: Tensor) -> Tensor:
+        """Dropout between layers, on node states."""
+        return self.dropout(x)
+
+    def answer(self, graph: ParameterGraph, x: Tensor, u: Tensor, edges: MessagePassing) -> Any:
+        """What the head makes of the last states, the batch axes of the graph in front."""
+        structure, batch = graph.structure, graph.batch
+        if self.kind == "graph":
+            return self.head(structure, x, u).reshape(*batch, -1)
+        if self.kind == "neuron":
+            made = self.head(structure, x, u)
+            return {n: y.reshape(*batch, *y.shape[1:]) for n, y in made.items()}
+        last = cast(Any, self.last)
+        return self.head(graph, x, u, lambda final: edges.read(last, x, u, final))
+
+    def probed(self, graph: ParameterGraph) -> dict[int, Tensor]:
+        """Activations of the probes by node set, ``(B, size, count)``; empty without probes."""
+        if self.probes is None:
+            return {}
+        rows = prod(graph.batch)
+        return {n: y.reshape(rows, *y.shape[-2:]) for n, y in self.probes(graph).nodes.items()}
+
+
+def _scattered(graphs: Sequence[ParameterGraph], run: Any, *, joined: bool) -> Any:
+    """Runs every space's graphs at once and puts the answers in the order of the list."""
+    out: list[Any] = [None] * len(graphs)
+    for places in by_space(graphs):
+        some = [graphs[i] for i in places]
+        rows = [prod(g.batch) for g in some]
+        answer = run(stacked(some))
+        parts = _cut(answer, rows)
+        for i, part, g in zip(places, parts, some, strict=True):
+            out[i] = part if joined else _shaped(part, g.batch)
+    return torch.cat(out) if joined else out
+
+
+def _cut(answer: Tensor | Mapping[Any, Tensor], rows: list[int]) -> list[Any]:
+    if isinstance(answer, Tensor):
+        return list(answer.split(rows))
+    pieces = {k: v.split(rows) for k, v in answer.items()}
+    return [{k: v[i] for k, v in pieces.items()} for i in range(len(rows))]
+
+
+def _shaped(part: Mapping[Any, Tensor], batch: tuple[int, ...]) -> dict[Any, Tensor]:
+    return {k: v.reshape(*batch, *v.shape[1:]) for k, v in part.items()}
