@@ -7,7 +7,8 @@ A block between node sets becomes ``(both, target, source, taps)``, a block of n
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import prod
+from itertools import product
+from math import isqrt, prod
 
 import torch
 from torch import Tensor
@@ -168,42 +169,74 @@ def _units(
 # --------------------------------------------------------------------- chunks
 
 
+Range = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a block that is computed at once.
+    """Part of a block that is computed at once: ranges ``(start, stop)`` of everything it has.
 
     Attributes:
         form: Place of the block among the edges of `Forms`.
-        batch: Networks ``(start, stop)``.
-        pairs: Pairs ``(start, stop)``.
-        targets: Targets ``(start, stop)``.
+        batch: Networks.
+        pairs: Pairs.
+        targets: Targets.
+        sources: Sources.
     """
 
     form: int
-    batch: tuple[int, int]
-    pairs: tuple[int, int]
-    targets: tuple[int, int]
+    batch: Range
+    pairs: Range
+    targets: Range
+    sources: Range
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How one block is cut: a grid of ranges."""
+
+    batch: tuple[Range, ...]
+    pairs: tuple[Range, ...]
+    targets: tuple[Range, ...]
+    sources: tuple[Range, ...]
+
+    def chunks(self, form: int) -> Iterator[Chunk]:
+        """All parts, sources innermost."""
+        for cell in product(self.batch, self.pairs, self.targets, self.sources):
+            yield Chunk(form, *cell)
 
 
 @lru_cache(maxsize=256)
-def chunks_of(forms: Forms, batch: int, size: int) -> tuple[Chunk, ...]:
-    """Cuts every block into parts of about `size` edges: by networks, by targets or by pairs."""
-    out: list[Chunk] = []
-    for i, form in enumerate(forms.edges):
-        pairs, targets, _, _ = form.sizes
-        networks = max(1, size // max(1, form.entries))
-        row = form.entries // max(pairs, targets) if form.entries else 1
-        rows = max(1, size // max(1, row))
-        by_target = targets >= pairs
-        step_p, step_t = (pairs, rows) if by_target else (rows, targets)
-        for b in _cuts(batch, networks):
-            for p in _cuts(pairs, step_p):
-                out += [Chunk(i, b, p, t) for t in _cuts(targets, step_t)]
+def cuts_of(forms: Forms, batch: int, size: int) -> tuple[Cuts, ...]:
+    """Cuts every block into parts of about `size` edges.
+
+    By networks if a block is smaller, by pairs if a pair is, and else into squares of targets and
+    sources, which need the fewest node terms.
+
+    Args:
+        forms: The blocks.
+        batch: Number of networks.
+        size: Number of edges wanted.
+
+    Returns:
+        The cuts of every block.
+    """
+    out: list[Cuts] = []
+    for form in forms.edges:
+        pairs, targets, sources, _ = form.sizes
+        area = max(1, targets * sources)
+        networks, some = size // max(1, form.entries), size // area
+        side = max(1, isqrt(size))
+        t = targets if some else max(min(targets, side), size // max(1, sources))
+        s = sources if some else size // max(1, t)
+        out.append(
+            Cuts(_cuts(batch, networks), _cuts(pairs, some), _cuts(targets, t), _cuts(sources, s))
+        )
     return tuple(out)
 
 
-def _cuts(total: int, step: int) -> Iterator[tuple[int, int]]:
+def _cuts(total: int, step: int) -> tuple[Range, ...]:
     """Ranges of nearly equal length, none longer than `step`."""
     n = max(1, -(-total // max(1, step)))
     edges = [total * i // n for i in range(n + 1)]
-    return zip(edges[:-1], edges[1:], strict=True)
+    return tuple(zip(edges[:-1], edges[1:], strict=True))

@@ -21,7 +21,7 @@ from torch._C import _functorch  # pyright: ignore[reportPrivateUsage, reportAtt
 from torch.utils.checkpoint import checkpoint
 
 from wspace.graph import ParameterGraph
-from wspace.nn.layout import Chunk, EdgeForm, chunks_of, forms_of
+from wspace.nn.layout import Chunk, Cuts, EdgeForm, Range, cuts_of, forms_of
 
 CHUNK = 1 << 13
 """Edges that are computed at once, if the caller asks for no other number."""
@@ -89,7 +89,8 @@ class MessagePassing:
         self.forms = forms_of(graph.structure)
         self.batch = prod(graph.batch)
         plain = torch.compiler.is_compiling() or _transformed()
-        self.chunks = chunks_of(self.forms, self.batch, 1 << 62 if plain else chunk)
+        self.cuts = cuts_of(self.forms, self.batch, 1 << 62 if plain else chunk)
+        self.chunks = [c for i, cut in enumerate(self.cuts) for c in cut.chunks(i)]
         numbers = sum(f.entries for f in self.forms.edges) * self.batch * codes.shape[-1]
         self.stream = (numbers > KEPT) if stream is None else stream
         self._wide = codes.dtype
@@ -103,23 +104,16 @@ class MessagePassing:
     ) -> list["_State"]:
         """How the first state of every chunk is made from its entries."""
         out: list[_State] = []
-        for i, (form, own) in enumerate(zip(self.forms.edges, self._by_form(), strict=True)):
+        for i, (form, cuts) in enumerate(zip(self.forms.edges, self.cuts, strict=True)):
             raw, code = form.raw(graph, self.batch), codes[i]
             if raw is None:
-                for c in own:
-                    shape = [b - a for a, b in (c.batch, c.pairs, c.targets)]
-                    first = _Constant(code, (*shape, form.sizes[2]), self._low)
-                    out.append(_State(i, valued=False, first=first))
+                for c in cuts.chunks(i):
+                    shape = [b - a for a, b in (c.batch, c.pairs, c.targets, c.sources)]
+                    out.append(_State(valued=False, first=_Constant(code, shape, self._low)))
             else:
                 first = _Embed(coefficients[i], code, self._low)
-                pieces = _pieces(raw, own, targets=True)
-                out += [_State(i, valued=True, first=first, given=[x]) for x in pieces]
-        return out
-
-    def _by_form(self) -> list[list[Chunk]]:
-        out: list[list[Chunk]] = [[] for _ in self.forms.edges]
-        for c in self.chunks:
-            out[c.form].append(c)
+                pieces = _pieces(raw, cuts, "ts")
+                out += [_State(valued=True, first=first, given=[x]) for x in pieces]
         return out
 
     # ------------------------------------------------------------- one layer
@@ -137,20 +131,18 @@ class MessagePassing:
             ``(B, N, ·)``. Where no message arrives it is 0.
         """
         self._attach(layer, x, u)
-        results: list[tuple[Tensor, ...]] = []
-        for state in self._states:
+        kinds = [(how, True) for how in layer.reductions[0]]
+        kinds += [(how, False) for how in layer.reductions[1]]
+        sums = [_Sum(how, to_target=to_target) for how, to_target in kinds]
+        for c, state in zip(self.chunks, self._states, strict=True):
             e, *out = self._call(state, _step)
             if not self.stream:
                 state.given, state.first, state.ends = [e], None, []
-            results.append(tuple(out))
+            for total, part in zip(sums, out, strict=True):
+                total.add(c, part)
         if not self.stream:
             self._layers.clear()
-        kinds = [(how, True) for how in layer.reductions[0]]
-        kinds += [(how, False) for how in layer.reductions[1]]
-        received = [
-            self._collect([r[k] for r in results], how, x.shape[1], to_target=to_target)
-            for k, (how, to_target) in enumerate(kinds)
-        ]
+        received = [self._collect(total, x.shape[1]) for total in sums]
         split = len(layer.reductions[0])
         return received[:split], received[split:]
 
@@ -170,12 +162,23 @@ class MessagePassing:
             ``(B, P, T, S, F)`` for every edge block; None for structural ones.
         """
         self._attach(layer, x, u)
-        parts: dict[int, list[tuple[Chunk, Tensor]]] = {}
-        for c, state in zip(self.chunks, self._states, strict=True):
-            if state.valued:
-                (made,) = self._call(state, _Final(final, c.form))
-                parts.setdefault(c.form, []).append((c, made))
-        return [_joined(parts[i], 2) if i in parts else None for i in range(len(self.forms.edges))]
+        out: list[Tensor | None] = []
+        states = iter(zip(self.chunks, self._states, strict=True))
+        for cuts in self.cuts:
+            some = [next(states) for _ in cuts.chunks(0)]
+            if not some[0][1].valued:
+                out.append(None)
+                continue
+            made = iter([self._call(s, _Final(final, c.form))[0] for c, s in some])
+            rows = [
+                [
+                    [torch.cat([next(made) for _ in cuts.sources], 3) for _ in cuts.targets]
+                    for _ in cuts.pairs
+                ]
+                for _ in cuts.batch
+            ]
+            out.append(torch.cat([torch.cat([torch.cat(t, 2) for t in p], 1) for p in rows]))
+        return out
 
     def _attach(self, layer: MessageLayer, x: Tensor, u: Tensor) -> None:
         """Gives every chunk what the layer's edges need of their two ends."""
@@ -186,15 +189,14 @@ class MessagePassing:
             ends = ends[0].to(self._low), ends[1].to(self._low)
         ps, pt = (y.split(sizes, 1) for y in ends)
         states = iter(self._states)
-        for form, own in zip(self.forms.edges, self._by_form(), strict=True):
+        for form, cuts in zip(self.forms.edges, self.cuts, strict=True):
             p, t, s, _ = form.sizes
             assert form.block.source is not None
             source = _rows(ps[form.block.source.nodes], form.source).unflatten(1, (p, 1, s))
             target = _rows(pt[form.block.target.nodes], form.target).unflatten(1, (p, t, 1))
             if self._select is not None:
                 source, target = self._select(layer, form, source, target)
-            begins = _pieces(source, own, targets=False)
-            ends = _pieces(target, own, targets=True)
+            begins, ends = _pieces(source, cuts, "s"), _pieces(target, cuts, "t")
             for begin, end in zip(begins, ends, strict=True):
                 next(states).ends += [begin, end]
 
@@ -207,22 +209,45 @@ class MessagePassing:
             return cast("tuple[Tensor, ...]", made)
         return work(*inputs)
 
-    def _collect(self, parts: list[Tensor], how: str, nodes: int, *, to_target: bool) -> Tensor:
+    def _collect(self, total: "_Sum", nodes: int) -> Tensor:
         """Reduced messages of all chunks, brought to the nodes, ``(B, N, ·)``."""
-        by_form: dict[int, list[tuple[Chunk, Tensor]]] = {}
-        for c, part in zip(self.chunks, parts, strict=True):
-            by_form.setdefault(c.form, []).append((c, part))
-        rows = [
-            _joined(some, 2 if to_target else None, how).flatten(1, 2) for some in by_form.values()
-        ]
-        values = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
-        units = self.forms.receivers[0 if to_target else 1].to(values.device)
-        values = values.to(self._wide)
+        rows = [rows.flatten(1, 2) for rows in total.joined()]
+        values = (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).to(self._wide)
+        units = self.forms.receivers[0 if total.to_target else 1].to(values.device)
         out = values.new_zeros(values.shape[0], nodes, values.shape[-1])
-        if how == "sum":
+        if total.how == "sum":
             return out.index_add(1, units, values)
         index = units[None, :, None].expand_as(values)
-        return out.scatter_reduce(1, index, values, f"a{how}", include_self=False)
+        return out.scatter_reduce(1, index, values, f"a{total.how}", include_self=False)
+
+
+class _Sum:
+    """One kind of message of all chunks, reduced over chunks as they come."""
+
+    def __init__(self, how: str, *, to_target: bool) -> None:
+        self.how, self.to_target = how, to_target
+        self.fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[how]
+        self.parts: dict[int, dict[Range, dict[Range, dict[Range, Tensor]]]] = {}
+
+    def add(self, c: Chunk, part: Tensor) -> None:
+        """Takes in the messages of a chunk, ``(b, P, T, ·)`` or ``(b, P, S, ·)``."""
+        rows = self.parts.setdefault(c.form, {}).setdefault(c.batch, {}).setdefault(c.pairs, {})
+        key = c.targets if self.to_target else c.sources
+        rows[key] = self.fold(rows[key], part) if key in rows else part
+
+    def joined(self) -> list[Tensor]:
+        """For every block ``(B, P, T, ·)`` or ``(B, P, S, ·)``."""
+        return [
+            _cat(
+                [_cat([_cat(list(row.values()), 2) for row in p.values()], 1) for p in b.values()],
+                0,
+            )
+            for b in self.parts.values()
+        ]
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
@@ -239,50 +264,28 @@ def _transformed() -> bool:
 class _State:
     """Edges of one chunk: tensors given, how their first state is made, ends for every layer."""
 
-    form: int
     valued: bool
     first: Callable[..., Tensor] | None
     given: list[Tensor] = field(default_factory=list)
     ends: list[Tensor] = field(default_factory=list)
 
 
-def _pieces(x: Tensor, own: Sequence[Chunk], *, targets: bool) -> list[Tensor]:
-    """``(B, P, T or 1, …)`` cut as the chunks of a block are."""
-    out = []
-    batches = list(dict.fromkeys(c.batch for c in own))
-    pairs = list(dict.fromkeys(c.pairs for c in own))
-    cuts = list(dict.fromkeys(c.targets for c in own))
-    for part in _split(x, batches, 0):
-        for some in _split(part, pairs, 1):
-            out += _split(some, cuts, 2) if targets else [some] * len(cuts)
+def _pieces(x: Tensor, cuts: Cuts, has: str) -> list[Tensor]:
+    """``(B, P, T or 1, S or 1, …)`` cut as a block is; `has` names the ends that it depends on."""
+    out: list[Tensor] = []
+    for part in _split(x, cuts.batch, 0):
+        for some in _split(part, cuts.pairs, 1):
+            if "t" not in has:
+                out += _split(some, cuts.sources, 3) * len(cuts.targets)
+                continue
+            for row in _split(some, cuts.targets, 2):
+                each = _split(row, cuts.sources, 3) if "s" in has else [row] * len(cuts.sources)
+                out += each
     return out
 
 
-def _split(x: Tensor, cuts: Sequence[tuple[int, int]], dim: int) -> list[Tensor]:
+def _split(x: Tensor, cuts: Sequence[Range], dim: int) -> list[Tensor]:
     return [x] if len(cuts) == 1 else list(x.split([b - a for a, b in cuts], dim))
-
-
-def _joined(some: list[tuple[Chunk, Tensor]], dim: int | None, how: str = "sum") -> Tensor:
-    """Chunks of one block put together again: targets (reduced if `dim` is None), pairs, batch."""
-    batches: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]] = {}
-    for c, part in some:
-        batches.setdefault(c.batch, {}).setdefault(c.pairs, []).append(part)
-
-    def joined(parts: list[Tensor], dim: int | None) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        return _accumulated(parts, how) if dim is None else torch.cat(parts, dim)
-
-    rows = [joined([joined(t, dim) for t in p.values()], 1) for p in batches.values()]
-    return joined(rows, 0)
-
-
-def _accumulated(parts: list[Tensor], how: str) -> Tensor:
-    fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[how]
-    total = parts[0]
-    for part in parts[1:]:
-        total = fold(total, part)
-    return total
 
 
 def _rows(x: Tensor, units: Tensor) -> Tensor:
@@ -327,7 +330,7 @@ class _Embed:
 
 
 class _Constant:
-    def __init__(self, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    def __init__(self, code: Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> None:
         self.code, self.shape = code.to(dtype or code.dtype), shape
 
     def __call__(self) -> Tensor:
