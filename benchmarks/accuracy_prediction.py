@@ -26,7 +26,20 @@ from torch.nn import functional as F
 import wspace
 from datasets_zoo.digits import ARCHITECTURES, Classifiers, digit_classifiers
 from wspace.graph import ParameterGraph
-from wspace.nn.statistics import Baseline, FlatMLP, ParameterDeepSets, ProbeOnly, StatNN
+from wspace.nn import (
+    Baseline,
+    DWSNet,
+    FlatMLP,
+    GraphMetanet,
+    NeuralGraphGNN,
+    ParameterDeepSets,
+    ProbeOnly,
+    Probes,
+    ScaleGMN,
+    StatNN,
+)
+
+SMALL = {"channels": 32, "layers": 3, "dropout": 0.1}
 
 COUNT, EPOCHS, PATIENCE, BATCH = 400, 300, 40, 32
 SHARES = (0.7, 0.1)  # training, validation; the rest is the test
@@ -54,6 +67,27 @@ class Metanet:
     make: Callable[[Zoo, int], nn.Module]
     mixed: bool = False
     rate: float = 2e-3
+    epochs: int = 300
+
+
+def probes(zoo: Zoo) -> Probes:
+    return Probes(zoo.module, zoo.graph.space, count=32, example=EXAMPLE)
+
+
+def dws(zoo: Zoo, out: int) -> nn.Module:
+    net = DWSNet(zoo.graph.space, hidden=16, layers=3, out=out, dropout=0.1)
+    return OnStates(net)
+
+
+class OnStates(nn.Module):
+    """A model of states, called on graphs."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, graph: ParameterGraph) -> Tensor:
+        return self.net(dict(graph.values))
 
 
 METANETS = {
@@ -63,6 +97,16 @@ METANETS = {
     "ParameterDeepSets": Metanet(lambda zoo, out: ParameterDeepSets(out), mixed=True),
     "ProbeOnly": Metanet(
         lambda zoo, out: ProbeOnly(zoo.module, zoo.graph.space, out, example=EXAMPLE)
+    ),
+    "DWSNet": Metanet(dws, rate=1e-3, epochs=40),
+    "GMN": Metanet(lambda zoo, out: GraphMetanet(out, **SMALL), True, 1e-3, 40),
+    "NG-GNN": Metanet(lambda zoo, out: NeuralGraphGNN(out, **SMALL), True, 1e-3, 40),
+    "ScaleGMN": Metanet(lambda zoo, out: ScaleGMN(out, **SMALL), True, 1e-3, 40),
+    "GMN + probes": Metanet(
+        lambda z, out: GraphMetanet(out, probes=probes(z), **SMALL), False, 1e-3, 40
+    ),
+    "ScaleGMN + probes": Metanet(
+        lambda z, out: ScaleGMN(out, probes=probes(z), **SMALL), False, 1e-3, 40
     ),
 }
 
@@ -120,7 +164,7 @@ def fit(row: Metanet, zoos: list[Zoo], seed: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(net.parameters(), lr=row.rate, weight_decay=1e-2)
     begin, best, since, last, kept = time.perf_counter(), float("inf"), 0, 0, net.state_dict()
     steps = -(-sum(len(p[0]) for p in parts) // BATCH)
-    for epoch in range(EPOCHS):
+    for epoch in range(min(EPOCHS, row.epochs)):
         shuffled = [p[0][torch.randperm(len(p[0]), generator=generator)] for p in parts]
         for pieces in zip(*(s.tensor_split(steps) for s in shuffled), strict=True):
             graphs, target = batch(zoos, list(pieces))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import wspace
-from wspace.nn import GraphMetanet, NeuralGraphGNN, NeuralGraphTransformer, ScaleGMN
+from wspace.errors import SpaceMismatch
+from wspace.nn import GraphMetanet, NeuralGraphGNN, NeuralGraphTransformer, Probes, ScaleGMN
 from wspace.nn.gauge_types import gauge_types
-from wspace.nn.metanet import Metanet
+from wspace.nn.metanet import Head, Metanet
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -56,6 +57,8 @@ def state_of(
     for p in space.params:
         fan = max(1, p.numel // max(p.shape, default=1))
         x = torch.randn(*batch, *p.shape, generator=draw, dtype=torch.float64) / fan**0.5
+        if p.name.endswith("running_var"):
+            x = x.abs() + 0.1
         out.update(dict.fromkeys((p.name, *p.ties), x))
     return out
 
@@ -257,11 +260,15 @@ def test_mixed_architectures(model: str) -> None:
 
 
 def test_mixed_architectures_with_other_heads() -> None:
-    graphs = [graph_of("vgg"), graph_of("mlp")]
-    for head in ("neuron", "parameter"):
+    space, state = network("vgg")
+    count = torch.tensor(7)  # what the space does not know comes back as it was
+    graphs = [wspace.encode(space, {**state, "1.num_batches_tracked": count}), graph_of("mlp")]
+    heads: tuple[Head, ...] = ("neuron", "parameter")
+    for head in heads:
         net = GraphMetanet(3, channels=8, layers=2, head=head)
         for one, graph in zip(net(graphs), graphs, strict=True):
             alone = net(graph)
+            assert alone.keys() == one.keys()
             assert all(close(alone[k].double(), one[k].double()) for k in alone)
 
 
@@ -363,8 +370,34 @@ def test_autocast(model: str) -> None:
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters())
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["mlp", "vgg"])
+def test_probes(model: str, name: str, generator: torch.Generator) -> None:
+    """Activations move, scale and change sign with their units, so the answer stays."""
+    module, args, _ = cases.build(name)
+    space, _ = network(name)
+    probes = Probes(module, space, count=4, example=args[0][:1], generator=generator)
+    net = MODELS[model](3, channels=8, layers=2, probes=probes).eval()
+    graph = graph_of(name)
+    before = net(graph)
+    assert close(before, net(graph.act(moved(name, generator, gauges=model.startswith("scale")))))
+    before.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in probes.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_compile(model: str) -> None:
+    space, _ = network("mlp")
+    net = MODELS[model](3, channels=8, layers=2)
+    graph = wspace.encode(space, state_of(space, 1, (2,)))
+    assert close(net(graph), torch.compile(net)(graph))
+
+
 def test_unknown_heads_and_empty_graphs() -> None:
     with pytest.raises(ValueError, match="unknown head"):
         GraphMetanet(3, head="nothing")  # type: ignore[arg-type]
+    with pytest.raises(SpaceMismatch, match="empty list"):
+        GraphMetanet(3)([])
     with pytest.raises(ValueError, match="do not divide"):
         NeuralGraphTransformer(3, channels=10, heads=4)

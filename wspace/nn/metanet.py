@@ -56,7 +56,8 @@ class Metanet(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.kind, self.stream, self.chunk = head, stream, chunk
+        self.kind: Head = head
+        self.stream, self.chunk = stream, chunk
         self.embedding = self.make_embedding(
             channels, 0 if probes is None else int(cast(Any, probes).count)
         )
@@ -115,7 +116,7 @@ class Metanet(nn.Module):
         """
         if isinstance(graphs, ParameterGraph):
             return self._one(graphs)
-        return _scattered(graphs, self._one, joined=self.kind == "graph")
+        return _scattered(graphs, self._one, self.kind)
 
     def _one(self, graph: ParameterGraph) -> Any:
         if not graph.structure.edges:
@@ -161,17 +162,15 @@ class Metanet(nn.Module):
         return {n: y.reshape(rows, *y.shape[-2:]) for n, y in self.probes(graph).nodes.items()}
 
 
-def _scattered(graphs: Sequence[ParameterGraph], run: Any, *, joined: bool) -> Any:
+def _scattered(graphs: Sequence[ParameterGraph], run: Any, kind: Head) -> Any:
     """Runs every space's graphs at once and puts the answers in the order of the list."""
     out: list[Any] = [None] * len(graphs)
     for places in by_space(graphs):
         some = [graphs[i] for i in places]
-        rows = [prod(g.batch) for g in some]
-        answer = run(stacked(some))
-        parts = _cut(answer, rows)
+        parts = _cut(run(stacked(some)), [prod(g.batch) for g in some])
         for i, part, g in zip(places, parts, some, strict=True):
-            out[i] = part if joined else _shaped(part, g.batch)
-    return torch.cat(out) if joined else out
+            out[i] = part if kind == "graph" else _shaped(part, g, kind)
+    return torch.cat(out) if kind == "graph" else out
 
 
 def _cut(answer: Tensor | Mapping[Any, Tensor], rows: list[int]) -> list[Any]:
@@ -181,5 +180,7 @@ def _cut(answer: Tensor | Mapping[Any, Tensor], rows: list[int]) -> list[Any]:
     return [{k: v[i] for k, v in pieces.items()} for i in range(len(rows))]
 
 
-def _shaped(part: Mapping[Any, Tensor], batch: tuple[int, ...]) -> dict[Any, Tensor]:
-    return {k: v.reshape(*batch, *v.shape[1:]) for k, v in part.items()}
+def _shaped(part: Mapping[Any, Tensor], graph: ParameterGraph, kind: Head) -> dict[Any, Tensor]:
+    """Rows of one graph with its batch axes, and what else its state held."""
+    out = {k: v.reshape(*graph.batch, *v.shape[1:]) for k, v in part.items()}
+    return {**out, **graph.rest} if kind == "parameter" else out
