@@ -386,6 +386,7 @@ def test_probes(model: str, name: str, generator: torch.Generator) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's own modules, while it compiles
 @pytest.mark.parametrize("model", MODELS)
 def test_compile(model: str) -> None:
     space, _ = network("mlp")

@@ -24,6 +24,8 @@ only that, since a head reads it."""
 class Metanet(nn.Module):
     """Base of the graph metanets: embedding, layers of messages, and a head.
 
+    Under `torch.compile` a metanet runs as it is: the structure of a graph is no tensor program.
+
     A subclass gives the layers (`make_layer`), which follow `wspace.nn.message.MessageLayer` and
     have a method ``update(x, u, received, structure)``.
 
@@ -114,6 +116,11 @@ class Metanet(nn.Module):
             SpaceMismatch: If a graph has no edges, the list is empty, or probes are of another
                 space.
         """
+        if torch.compiler.is_compiling():  # the structure of a graph is no tensor program
+            return torch.compiler.disable(self._run)(graphs)
+        return self._run(graphs)
+
+    def _run(self, graphs: ParameterGraph | Sequence[ParameterGraph]) -> Any:
         if isinstance(graphs, ParameterGraph):
             return self._one(graphs)
         return _scattered(graphs, self._one, self.kind)

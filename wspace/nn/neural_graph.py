@@ -72,6 +72,7 @@ class PNALayer(nn.Module):
         if part == "edges":
             return
         self.film, self.pair = nn.Linear(c, 2 * c), nn.Linear(c, c)
+        nn.init.ones_(self.film.bias[:c])  # scales start around 1
         self.node = nn.Sequential(nn.Linear(17 * c, c), nn.SiLU(), nn.Linear(c, c))
         self.whole = nn.Sequential(nn.Linear(2 * c, c), nn.SiLU(), nn.Linear(c, c))
 
@@ -91,7 +92,7 @@ class PNALayer(nn.Module):
         e = self.edge(e, ps[..., :c] + pt[..., :c])
         scale, shift = self.film(e).split(c, -1)
         pair = self.pair(F.silu(ps[..., c:] + pt[..., c:]))
-        m = torch.addcmul(shift, scale + 1, pair)
+        m = torch.addcmul(shift, scale, pair)
         squares = m.square()
 
         def four(dim: int) -> tuple[Tensor, ...]:
@@ -174,6 +175,7 @@ class RelationalLayer(nn.Module):
         if part == "edges":
             return
         self.edge_norm, self.relate = nn.LayerNorm(c), nn.Linear(c, 4 * c)
+        nn.init.ones_(self.relate.bias[2 * c : 3 * c])  # factors of the values start around 1
         self.merge = nn.Linear(2 * c, c)
         self.feed = nn.Sequential(
             nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.SiLU(), nn.Linear(2 * c, c)
@@ -206,7 +208,7 @@ class RelationalLayer(nn.Module):
         c = eq.shape[-1]
         logits = ((eq + query) * (ek + key)).unflatten(-1, (self.heads, -1)).sum(-1)
         weight = torch.exp(CAP * torch.tanh(logits * ((self.heads / c) ** 0.5 / CAP)))
-        values = torch.addcmul(ev, em + 1, value).unflatten(-1, (self.heads, -1))
+        values = torch.addcmul(ev, em, value).unflatten(-1, (self.heads, -1))
         total = (weight.unsqueeze(-1) * values).sum(dim).flatten(-2)
         return total, weight.sum(dim)
 
