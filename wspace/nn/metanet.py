@@ -117,7 +117,7 @@ class Metanet(nn.Module):
                 space.
         """
         if torch.compiler.is_compiling():  # the structure of a graph is no tensor program
-            return cast(Any, torch.compiler.disable)(self._run)(graphs)
+            return torch.compiler.disable(self._run)(graphs)  # pyright: ignore
         return self._run(graphs)
 
     def _run(self, graphs: ParameterGraph | Sequence[ParameterGraph]) -> Any:
