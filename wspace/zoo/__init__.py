@@ -1,0 +1,14 @@
+"""Model zoos: many trained networks, their hyperparameters and labels, in one folder.
+
+A `Recipe` makes cohorts of networks; `build` writes them, a shard for each, and can be killed and
+resumed at any point; `open` reads them by memory map.
+"""
+
+from wspace.zoo.architecture import Architecture as Architecture
+from wspace.zoo.architecture import InputSpec as InputSpec
+from wspace.zoo.architecture import example_network as example_network
+from wspace.zoo.recipe import Cohort as Cohort
+from wspace.zoo.recipe import Column as Column
+from wspace.zoo.recipe import Recipe as Recipe
+from wspace.zoo.recipe import generator_of as generator_of
+from wspace.zoo.recipe import recipe_from as recipe_from
