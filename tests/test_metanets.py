@@ -402,3 +402,29 @@ def test_unknown_heads_and_empty_graphs() -> None:
         GraphMetanet(3)([])
     with pytest.raises(ValueError, match="do not divide"):
         NeuralGraphTransformer(3, channels=10, heads=4)
+
+
+@pytest.mark.parametrize("head", ["graph", "parameter"])
+def test_statistics_make_the_size_of_the_data_irrelevant(head: str) -> None:
+    """Fitted to data of any size, a metanet sees the same; symmetry and identity are kept."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    space = wspace.trace(net, torch.zeros(1, 3, dtype=torch.float64))
+    state = {n: torch.randn(6, *x.shape, dtype=x.dtype) for n, x in net.state_dict().items()}
+    factors = {n: 10.0 ** (i - 1) for i, n in enumerate(state)}
+    large = {n: x * factors[n] for n, x in state.items()}
+    metanet = GraphMetanet(3, channels=8, layers=2, head=head).double()
+    answers = []
+    for some in (state, large):
+        metanet.fit_statistics(wspace.encode(space, some))
+        answers.append(metanet(wspace.encode(space, some)))
+    if head == "graph":
+        wspace.testing.assert_close(answers[0], answers[1])
+        other = metanet(wspace.encode(space, state))  # now of the wrong size
+        assert (other - answers[0]).abs().max() > 1e-3
+        return
+    for name in state:
+        wspace.testing.assert_close(answers[1][name], answers[0][name] * factors[name])
+    element = wspace.sample(space, generator=torch.Generator().manual_seed(1))
+    moved = metanet(wspace.encode(space, large).act(element))
+    wspace.testing.assert_close(moved, wspace.act(element, answers[1], space))

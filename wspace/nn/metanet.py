@@ -14,6 +14,7 @@ from wspace.nn.embed import Embedding
 from wspace.nn.heads import GraphHead, NeuronHead, ParameterHead
 from wspace.nn.message import CHUNK, MessagePassing
 from wspace.nn.pool import pooled
+from wspace.nn.scales import RoleScales, graphs_in
 
 Head = Literal["graph", "neuron", "parameter"]
 Part = Literal["all", "nodes", "edges"]
@@ -64,6 +65,7 @@ class Metanet(nn.Module):
             channels, 0 if probes is None else int(cast(Any, probes).count)
         )
         self.probes = probes
+        self.scales = RoleScales()
         parts: list[Part] = ["all"] * layers
         if head != "parameter" and parts:
             parts[-1] = "nodes"
@@ -99,6 +101,20 @@ class Metanet(nn.Module):
     def make_layer(self, channels: int, *, part: Part, **options: Any) -> nn.Module:
         """One layer, or the part of it that is needed."""
         raise NotImplementedError
+
+    def fit_statistics(self, graphs: ParameterGraph | Sequence[ParameterGraph]) -> None:
+        """Sets the sizes by which tensors are divided, by role, from training networks.
+
+        Until then tensors are taken as they are, weight matrices times the root of their fan-in.
+        Probes always run the networks as they are.
+
+        Args:
+            graphs: Training networks, as in `forward`.
+
+        Raises:
+            SpaceMismatch: If there are none.
+        """
+        self.scales.fit(graphs_in(graphs))
 
     def forward(self, graphs: ParameterGraph | Sequence[ParameterGraph]) -> Any:
         """Runs on one graph, or on a list of graphs of any architectures.
@@ -139,8 +155,9 @@ class Metanet(nn.Module):
 
     def begin(self, graph: ParameterGraph) -> tuple[Tensor, Tensor, MessagePassing]:
         """First states of the nodes ``(B, N, C)`` and of the whole ``(B, C)``, and the edges."""
-        structure, rows = graph.structure, prod(graph.batch)
-        x = self.embedding.nodes(graph, rows, self.probed(graph))
+        structure, rows, probed = graph.structure, prod(graph.batch), self.probed(graph)
+        graph = self.scales(graph)
+        x = self.embedding.nodes(graph, rows, probed)
         u = self.start.expand(rows, -1) + pooled(structure, x)
         coefficients, codes = self.embedding.edges(structure)
         edges = MessagePassing(graph, coefficients, codes, stream=self.stream, chunk=self.chunk)
@@ -158,8 +175,9 @@ class Metanet(nn.Module):
         if self.kind == "neuron":
             made = self.head(structure, x, u)
             return {n: y.reshape(*batch, *y.shape[1:]) for n, y in made.items()}
-        last = cast(Any, self.last)
-        return self.head(graph, x, u, lambda final: edges.read(last, x, u, final))
+        last, unit = cast(Any, self.last), self.scales(graph)
+        made = self.head(unit, x, u, lambda final: edges.read(last, x, u, final))
+        return self.scales.inverse(made, graph.space)
 
     def probed(self, graph: ParameterGraph) -> dict[int, Tensor]:
         """Activations of the probes by node set, ``(B, size, count)``; empty without probes."""

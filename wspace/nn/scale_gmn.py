@@ -398,8 +398,9 @@ class ScaleGMN(Metanet):
 
     def begin(self, graph: ParameterGraph) -> tuple[Tensor, Tensor, MessagePassing]:
         """First states of the nodes and of the whole, and the edges with typed ends."""
-        structure, rows = graph.structure, prod(graph.batch)
-        x = self.embedding.nodes(graph, rows, self.probed(graph))
+        structure, rows, probed = graph.structure, prod(graph.batch), self.probed(graph)
+        graph = self.scales(graph)
+        x = self.embedding.nodes(graph, rows, probed)
         u = self.start.expand(rows, -1) + pooled(structure, parts_of(x)[2])
         coefficients, codes = self.embedding.edges(structure)
         forms = forms_of(structure).edges

@@ -19,7 +19,8 @@ from wspace.graph.parameter import ParameterGraph
 from wspace.graph.structure import structure_of
 from wspace.nn.batch import by_space
 from wspace.nn.probes import Probes
-from wspace.space import Param, Role, WeightSpace
+from wspace.nn.scales import ROLES, fan_in, graphs_in
+from wspace.space import Param, WeightSpace
 
 Values = dict[str, Tensor]
 """Parameters of several networks of one space by name, ``(rows, *shape)``."""
@@ -29,7 +30,6 @@ Features = list[tuple[int, Tensor]]
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STATISTICS = 2 + len(QUANTILES)
-ROLES = tuple(Role)
 CODE = len(ROLES) + 7
 """Length of `tensor_codes`."""
 
@@ -98,7 +98,7 @@ class Baseline(nn.Module):
         Raises:
             SpaceMismatch: If the baseline is made for another space, or the list is empty.
         """
-        graphs = [graphs] if isinstance(graphs, ParameterGraph) else graphs
+        graphs = graphs_in(graphs)
         count = torch.zeros(len(self.center), 1, dtype=torch.float64)
         total = torch.zeros(self.center.shape, dtype=torch.float64)
         square = torch.zeros(self.center.shape, dtype=torch.float64)
@@ -360,7 +360,7 @@ def tensor_codes(space: WeightSpace) -> Tensor:
                 log1p(depth) / 3,
                 log1p(deepest - depth) / 3,
                 log(p.numel) / 10,
-                log(_fan_in(p)) / 5,
+                log(fan_in(p)) / 5,
                 len(p.shape) / 4,
             ]
         )
@@ -382,13 +382,9 @@ def _role(p: Param) -> int:
     return ROLES.index(p.role)
 
 
-def _fan_in(p: Param) -> int:
-    return p.numel // p.shape[0] if p.role is Role.MATRIX and len(p.shape) > 1 else 1
-
-
 def _unit_scale(p: Param, x: Tensor) -> Tensor:
     """Weight matrices times the root of their fan-in, so that tensors of all sizes compare."""
-    return x * _fan_in(p) ** 0.5
+    return x * fan_in(p) ** 0.5
 
 
 def _statistics(x: Tensor) -> Tensor:

@@ -1,0 +1,219 @@
+"""Small image classifiers of several families, as factories with JSON options.
+
+Every factory returns a module with random weights of PyTorch's default initialisation; run it
+under ``torch.device("meta")`` for one without weights. Inputs are ``(batch, channels, n, n)``.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leaky_relu": nn.LeakyReLU,
+}
+
+
+def mlp(
+    inputs: int, hidden: Sequence[int], classes: int = 10, activation: str = "relu"
+) -> nn.Module:
+    """A multilayer perceptron on flattened images.
+
+    Args:
+        inputs: Numbers in an image.
+        hidden: Widths of the hidden layers.
+        classes: Length of the answer.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        The module.
+    """
+    sizes, layers = [inputs, *hidden], list[nn.Module]([nn.Flatten()])
+    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+
+
+def cnn(
+    channels: int,
+    widths: Sequence[int] = (16, 16, 16),
+    *,
+    classes: int = 10,
+    kernel: int = 3,
+    stride: int = 2,
+    activation: str = "relu",
+    norm: bool = False,
+) -> nn.Module:
+    """Convolutions with one stride, global average pooling and a linear layer.
+
+    The default is the network of the Small CNN Zoo: 4,970 parameters on grey images. Unterthiner et
+    al. (2020), "Predicting Neural Network Accuracy from Weights", section 3 (arXiv 2002.11448).
+
+    Args:
+        channels: Channels of the images.
+        widths: Channels of the convolutions.
+        classes: Length of the answer.
+        kernel: Size of the kernels.
+        stride: Stride of every convolution.
+        activation: One of `ACTIVATIONS`.
+        norm: Whether BatchNorm follows every convolution.
+
+    Returns:
+        The module.
+    """
+    layers: list[nn.Module] = []
+    for a, b in zip([channels, *widths[:-1]], widths, strict=True):
+        layers.append(nn.Conv2d(a, b, kernel, stride, kernel // 2, bias=not norm))
+        layers += [nn.BatchNorm2d(b)] if norm else []
+        layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers, *_head(widths[-1], classes))
+
+
+class _Average(nn.Module):
+    """Global average pooling; `torch.func.vmap` has no fast rule for PyTorch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def _head(width: int, classes: int) -> list[nn.Module]:
+    return [_Average(), nn.Linear(width, classes)]
+
+
+class _Residual(nn.Module):
+    """x + conv(act(norm(conv(x)))), all of one width."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.act = ACTIVATIONS[activation]()
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.act(self.norm(self.first(x))))
+
+
+def residual(
+    channels: int, width: int = 12, blocks: int = 2, classes: int = 10, activation: str = "relu"
+) -> nn.Module:
+    """A strided convolution, residual blocks with BatchNorm, pooling and a linear layer.
+
+    Args:
+        channels: Channels of the images.
+        width: Channels of the stream.
+        blocks: Number of blocks.
+        classes: Length of the answer.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        The module.
+    """
+    stem = nn.Conv2d(channels, width, 3, 2, 1)
+    body = [_Residual(width, activation) for _ in range(blocks)]
+    return nn.Sequential(stem, *body, ACTIVATIONS[activation](), *_head(width, classes))
+
+
+def depthwise(
+    channels: int, width: int = 16, blocks: int = 2, classes: int = 10, activation: str = "relu"
+) -> nn.Module:
+    """A strided convolution, depthwise and pointwise convolutions, pooling and a linear layer.
+
+    Args:
+        channels: Channels of the images.
+        width: Channels.
+        blocks: Pairs of a depthwise and a pointwise convolution.
+        classes: Length of the answer.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        The module.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 2, 1), ACTIVATIONS[activation]()]
+    for _ in range(blocks):
+        layers += [nn.Conv2d(width, width, 3, padding=1, groups=width), nn.Conv2d(width, width, 1)]
+        layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers, *_head(width, classes))
+
+
+class _Attention(nn.Module):
+    """Self-attention with plain operators, which `torch.func.vmap` runs side by side."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        weights = (q @ k.mT * (width // self.heads) ** -0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class _Block(nn.Module):
+    """A transformer block with normalisation first."""
+
+    EXPAND: ClassVar[int] = 2
+
+    def __init__(self, width: int, heads: int, activation: str) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), _Attention(width, heads)
+        self.norm2, wide = nn.LayerNorm(width), self.EXPAND * width
+        self.mlp = nn.Sequential(
+            nn.Linear(width, wide), ACTIVATIONS[activation](), nn.Linear(wide, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _ViT(nn.Module):
+    def __init__(self, channels: int, image: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn((image // patch) ** 2, width))
+        self.blocks = nn.Sequential()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def vit(
+    channels: int,
+    image: int,
+    *,
+    patch: int = 4,
+    width: int = 16,
+    blocks: int = 2,
+    heads: int = 2,
+    classes: int = 10,
+    activation: str = "gelu",
+) -> nn.Module:
+    """A small vision transformer with averaged tokens.
+
+    Args:
+        channels: Channels of the images.
+        image: Pixels along a side; `patch` divides it.
+        patch: Pixels along a side of a patch.
+        width: Width of the tokens; `heads` divides it.
+        blocks: Number of blocks.
+        heads: Attention heads.
+        classes: Length of the answer.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        The module.
+    """
+    net = _ViT(channels, image, patch, width)
+    net.blocks = nn.Sequential(*[_Block(width, heads, activation) for _ in range(blocks)])
+    net.head = nn.Linear(width, classes)
+    return net
