@@ -175,12 +175,12 @@ class _Block(nn.Module):
 
 
 class _ViT(nn.Module):
-    def __init__(self, channels: int, image: int, patch: int, width: int) -> None:
+    def __init__(self, patches: nn.Conv2d, tokens: int, blocks: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(channels, width, patch, patch)
-        self.position = nn.Parameter(0.02 * torch.randn((image // patch) ** 2, width))
-        self.blocks = nn.Sequential()
-        self.norm = nn.LayerNorm(width)
+        width = patches.out_channels
+        self.patches = patches
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.blocks, self.norm, self.head = blocks, nn.LayerNorm(width), head
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).mT + self.position
@@ -213,7 +213,9 @@ def vit(
     Returns:
         The module.
     """
-    net = _ViT(channels, image, patch, width)
-    net.blocks = nn.Sequential(*[_Block(width, heads, activation) for _ in range(blocks)])
-    net.head = nn.Linear(width, classes)
-    return net
+    return _ViT(
+        nn.Conv2d(channels, width, patch, patch),
+        (image // patch) ** 2,
+        nn.Sequential(*[_Block(width, heads, activation) for _ in range(blocks)]),
+        nn.Linear(width, classes),
+    )

@@ -49,9 +49,11 @@ class Cohort:
 class Recipe(Protocol):
     """How a zoo is made; in practice a frozen dataclass with a field `seed`.
 
-    Fields are JSON values: int, float, str, bool, None, and tuples of them. Those named in `grows`
-    may be larger when a zoo is built again: cohorts are then appended, so what a cohort holds must
-    not depend on them. (The last cohort may be short; it is made again when the zoo grows.)
+    Fields are JSON values: int, float, str, bool, None, and tuples of them. Fields that are not
+    compared (``field(compare=False)``), such as where data lies, are no part of what a zoo is.
+    Those named in `grows` may be larger when a zoo is built again: cohorts are then appended, so
+    what a cohort holds must not depend on them. (The last cohort may be short; it is made again
+    when the zoo grows.)
     """
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
@@ -160,7 +162,7 @@ def described(recipe: Recipe) -> dict[str, Any]:
     name = f"{kind.__module__}:{kind.__qualname__}"
     if not is_dataclass(kind) or "seed" not in {item.name for item in fields(kind)}:
         raise ZooError(_text(f"{name} is no recipe", expected="a dataclass with a field `seed`"))
-    values = {item.name: getattr(recipe, item.name) for item in fields(kind)}
+    values = {item.name: getattr(recipe, item.name) for item in fields(kind) if item.compare}
     try:
         return json.loads(canonical({"class": name, "fields": values}))
     except (TypeError, ValueError) as error:
