@@ -104,6 +104,11 @@ class Architecture:
         """Keyword arguments of the factory."""
         return json.loads(self.arguments)
 
+    @property
+    def package(self) -> str:
+        """Top package of the factory: what has to be trusted to build a network."""
+        return self.factory.partition(":")[0].partition(".")[0]
+
     def module(self, *, trust: Sequence[str] = (), device: str = "meta") -> nn.Module:
         """A network in evaluation mode.
 
@@ -155,7 +160,7 @@ class Architecture:
             The space.
         """
         _factory(self.factory, trust)  # also where the space is known: trust is the caller's
-        return _space(self, tuple(trust))
+        return _space(self)
 
     def to_json(self) -> str:
         """Canonical JSON text; `from_json` inverts it."""
@@ -203,8 +208,9 @@ def example_network(width: int = 4) -> nn.Module:
 
 
 @lru_cache(maxsize=1024)
-def _space(architecture: Architecture, trust: tuple[str, ...]) -> WeightSpace:
-    return trace(architecture.module(trust=trust), architecture.example())
+def _space(architecture: Architecture) -> WeightSpace:
+    module = architecture.module(trust=(architecture.package,))
+    return trace(module, architecture.example())
 
 
 def _factory(name: str, trust: Sequence[str]) -> Any:

@@ -1,0 +1,144 @@
+"""How cohorts are made: one by one, or in several processes.
+
+The bits of a cohort depend on the recipe and on its number only. Each is made by one thread, with
+the global random generators seeded from both (and restored afterwards), so that neither the engine
+nor the number of workers nor an interruption can be seen in the files.
+"""
+
+import multiprocessing
+import os
+import random
+import threading
+from collections.abc import Generator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wspace.errors import WSpaceError, ZooError, message
+from wspace.zoo.recipe import Cohort, Recipe, generator_of
+from wspace.zoo.shard import write_shard
+
+RETRIES = 3
+"""How often in a row workers may die before a cohort is given up."""
+
+
+def make_cohort(recipe: Recipe, index: int) -> Cohort:
+    """One cohort, made by one thread under seeded global generators, all of it restored.
+
+    Args:
+        recipe: Of the zoo.
+        index: Number of the cohort.
+
+    Returns:
+        The cohort.
+    """
+    with _reproducible(recipe.seed, index):
+        return recipe.cohort(index)
+
+
+def commit_cohort(recipe: Recipe, index: int, folder: Path, dtype: str | None) -> int:
+    """Makes a cohort and writes its shard; returns its number."""
+    with _reproducible(recipe.seed, index):
+        write_shard(folder, index, recipe.cohort(index), dtype)
+    return index
+
+
+def in_processes(
+    recipe: Recipe, folder: Path, todo: list[int], workers: int, dtype: str | None
+) -> Generator[int]:
+    """Commits cohorts in several processes; those whose worker died are tried again.
+
+    Args:
+        recipe: What to build.
+        folder: Of the zoo.
+        todo: Numbers of the cohorts.
+        workers: Number of processes.
+        dtype: As for `build`.
+
+    Yields:
+        Numbers, as their shards are committed.
+
+    Raises:
+        ZooError: If workers keep dying.
+    """
+    left, failures = list(todo), 0
+    while left:
+        before = len(left)
+        try:
+            for number in _one_pool(recipe, folder, left, workers, dtype):
+                left.remove(number)
+                yield number
+        except BrokenProcessPool as error:
+            failures = failures + 1 if len(left) == before else 0
+            if failures == RETRIES:
+                listed = ", ".join(map(str, left[:workers]))
+                raise ZooError(
+                    message(
+                        f"zoo: the process that made a cohort died {RETRIES} times",
+                        got=f"one of the cohorts {listed}",
+                        help="out of memory? build with fewer workers, or look at the system's log",
+                    )
+                ) from error
+
+
+def _one_pool(
+    recipe: Recipe, folder: Path, todo: list[int], workers: int, dtype: str | None
+) -> Generator[int]:
+    pool = ProcessPoolExecutor(
+        min(workers, len(todo)), multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    rest = iter(list(todo))
+    running: set[Future[int]] = set()
+    try:
+        while True:
+            for number in rest:
+                running.add(pool.submit(commit_cohort, recipe, number, folder, dtype))
+                if len(running) > workers:  # one waits for the next that is free
+                    break
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """One thread; and an end when the builder ends, however it does."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _reproducible(seed: int, index: int) -> Generator[None]:
+    threads = torch.get_num_threads()
+    python, numpy = random.getstate(), np.random.get_state()
+    fixed = generator_of(seed, index).initial_seed()
+    try:
+        torch.set_num_threads(1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fixed)
+            random.seed(fixed)
+            np.random.seed(fixed % 2**32)
+            yield
+    except WSpaceError:
+        raise
+    except Exception as error:
+        error.add_note(f"while cohort {index} of a zoo was made")
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(python)
+        np.random.set_state(numpy)
