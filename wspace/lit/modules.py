@@ -1,0 +1,503 @@
+"""What metanets are trained for: classification, prediction, editing, contrastive pretraining."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wspace.errors import ZooError, message
+from wspace.lit.augment import Augment, Drop, Noise, Symmetry, augmented
+from wspace.lit.data import column
+from wspace.lit.images import decoded, dilated, grid
+from wspace.lit.metrics import (
+    Paired,
+    accuracy,
+    kendall,
+    mean,
+    mean_target,
+    r_squared,
+    rank_loss,
+    rmse,
+)
+from wspace.lit.task import Optimization, Task
+from wspace.space import WeightSpace
+from wspace.zoo import Zoo, ZooBatch
+
+RESAMPLES = 1000
+
+
+class Classification(Task):
+    """Networks into classes, by cross entropy: the digit that an image network shows, say.
+
+    Logs ``accuracy``, in tests with a 95 % interval.
+
+    Args:
+        metanet: See `Task`.
+        options: Options of the metanet.
+        target: Column of the zoo that holds the class, from 0.
+        classes: Number of classes; None takes it from the zoo.
+        smoothing: Share of the target that is spread over all classes.
+        optimization: Optimiser and learning rate.
+        statistics: See `Task`.
+        trust: See `Task`.
+    """
+
+    monitor = ("val/accuracy", "max")
+
+    def __init__(
+        self,
+        metanet: str | nn.Module = "GraphMetanet",
+        options: dict[str, Any] | None = None,
+        *,
+        target: str = "label",
+        classes: int | None = None,
+        smoothing: float = 0.0,
+        optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
+        statistics: int = 1024,
+        trust: Sequence[str] = (),
+    ) -> None:
+        own = {"target": target, "classes": classes, "smoothing": smoothing}
+        super().__init__(metanet, options, optimization, statistics, trust, own)
+        self.target, self.classes, self.smoothing = target, classes, smoothing
+        self.val_metrics = Paired({"accuracy": accuracy})
+        self.test_metrics = Paired({"accuracy": accuracy}, resamples=RESAMPLES)
+
+    def prepare(self, zoo: Zoo) -> int:
+        """Number of classes; checks the labels."""
+        return classes_of(zoo, self.target, self.out or self.classes, "Classification")
+
+    def loss(self, batch: ZooBatch, stage: str) -> Tensor:
+        """Cross entropy."""
+        logits, labels = self(batch.graphs), batch.table[self.target].long()
+        if stage != "train":
+            self.metrics_of(stage).update(logits.argmax(1), labels)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
+
+    def metrics_of(self, stage: str) -> Paired:
+        """The metrics of validation or of tests."""
+        return self.val_metrics if stage == "val" else self.test_metrics
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of all networks."""
+        _finish(self, "val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of all networks, with intervals."""
+        _finish(self, "test", self.test_metrics)
+
+    def columns(self, answer: Tensor) -> dict[str, Tensor]:
+        """Class, and its probability."""
+        probability, label = answer.float().softmax(-1).max(-1)
+        return {self.target: label, "probability": probability}
+
+
+class Prediction(Task):
+    """A number for each network: test accuracy or generalisation gap.
+
+    Logs Kendall's τ_b, R² and the root mean squared error, in tests with 95 % intervals.
+
+    Args:
+        metanet: See `Task`.
+        options: Options of the metanet.
+        target: Column of the zoo.
+        link: ``"sigmoid"`` for targets between 0 and 1, ``"identity"`` for any.
+        loss: ``"bce"`` (needs the sigmoid; Zhou et al. 2023 predict accuracies so) or ``"mse"``.
+        rank_weight: Weight of the pairwise rank loss (`wspace.lit.metrics.rank_loss`).
+        optimization: Optimiser and learning rate.
+        statistics: See `Task`.
+        trust: See `Task`.
+
+    Raises:
+        ZooError: If `link` and `loss` do not go together.
+    """
+
+    monitor = ("val/kendall", "max")
+
+    def __init__(
+        self,
+        metanet: str | nn.Module = "GraphMetanet",
+        options: dict[str, Any] | None = None,
+        *,
+        target: str = "test_accuracy",
+        link: str = "sigmoid",
+        loss: str = "bce",
+        rank_weight: float = 0.0,
+        optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
+        statistics: int = 1024,
+        trust: Sequence[str] = (),
+    ) -> None:
+        known = {("sigmoid", "bce"), ("sigmoid", "mse"), ("identity", "mse")}
+        if (link, loss) not in known:
+            raise ZooError(
+                message(
+                    f"Prediction: link {link!r} with loss {loss!r}",
+                    expected="sigmoid with bce or mse, or identity with mse",
+                )
+            )
+        own = {"target": target, "link": link, "loss": loss, "rank_weight": rank_weight}
+        super().__init__(metanet, options, optimization, statistics, trust, own)
+        self.target, self.link, self.kind, self.rank_weight = target, link, loss, rank_weight
+        metrics = {"kendall": kendall, "r2": r_squared, "rmse": rmse}
+        self.val_metrics = Paired(metrics)
+        self.test_metrics = Paired(metrics, resamples=RESAMPLES)
+        self.first = {"center": 0.0, "spread": 1.0}
+
+    def prepare(self, zoo: Zoo) -> int:
+        """One number; checks the targets and, for the identity, takes their mean and spread."""
+        values = column(zoo, self.target, "Prediction").astype(np.float64)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise ZooError(
+                message(
+                    f"Prediction: {len(bad)} values of {self.target!r} are not finite",
+                    got=f"rows {bad[:8].tolist()}",
+                    help="leave these networks out",
+                )
+            )
+        if self.link == "sigmoid" and len(values) and (values.min() < 0 or values.max() > 1):
+            raise ZooError(
+                message(
+                    f"Prediction: {self.target!r} is no share",
+                    expected="values between 0 and 1 for link 'sigmoid'",
+                    got=f"{values.min():g} to {values.max():g}",
+                    help="link: identity, loss: mse",
+                )
+            )
+        if self.link == "identity" and self.metanet is None:
+            spread = float(values.std())
+            self.first = {"center": float(values.mean()), "spread": spread or 1.0}
+        return 1
+
+    def learned(self) -> dict[str, Any]:
+        """Length of the answer, mean and spread of the target."""
+        return {**super().learned(), **self.first}
+
+    def restore(self, learned: Mapping[str, Any]) -> None:
+        """Takes back what `learned` gave."""
+        super().restore(learned)
+        self.first = {key: float(learned[key]) for key in ("center", "spread")}
+
+    def predicted(self, scores: Tensor) -> Tensor:
+        """Targets from the metanet's scores."""
+        if self.link == "sigmoid":
+            return scores.float().sigmoid()
+        return scores.float() * self.first["spread"] + self.first["center"]
+
+    def loss(self, batch: ZooBatch, stage: str) -> Tensor:
+        """Distance to the targets, and the rank loss with its weight."""
+        scores, target = self(batch.graphs)[:, 0].float(), batch.table[self.target].float()
+        if stage != "train":
+            self.metrics_of(stage).update(self.predicted(scores), target)
+        if self.kind == "bce":
+            loss = F.binary_cross_entropy_with_logits(scores, target)
+        else:
+            spread = self.first["spread"]
+            loss = F.mse_loss(self.predicted(scores) / spread, target / spread)
+        if self.rank_weight:
+            loss = loss + self.rank_weight * rank_loss(scores, target)
+        return loss
+
+    def metrics_of(self, stage: str) -> Paired:
+        """The metrics of validation or of tests."""
+        return self.val_metrics if stage == "val" else self.test_metrics
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of all networks."""
+        _finish(self, "val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of all networks, with intervals."""
+        _finish(self, "test", self.test_metrics)
+
+    def columns(self, answer: Tensor) -> dict[str, Tensor]:
+        """The predicted target."""
+        return {self.target: self.predicted(answer[:, 0])}
+
+
+class Editing(Task):
+    """Networks that show images into networks that show the dilated images.
+
+    The metanet returns parameters. Both the given and the edited network are decoded on the pixel
+    grid; the target is the given image dilated by a square of 3 × 3 pixels, the loss the mean
+    squared error. Logs ``mse`` and ``unedited_mse``, the error of leaving networks as they are.
+
+    Zhou et al. (2023), "Permutation Equivariant Neural Functionals", section 3.4 (arXiv
+    2302.14040); there, the target is the image that was fitted, not what the network shows.
+
+    Args:
+        metanet: See `Task`; a graph metanet, ``DWSNet``, ``NFN`` or ``UNF``.
+        options: Options of the metanet.
+        side: Height and width in pixels; coordinates as in `wspace.lit.images.grid`.
+        radius: Pixels by which bright parts grow.
+        optimization: Optimiser and learning rate.
+        statistics: See `Task`.
+        trust: See `Task`.
+    """
+
+    monitor = ("val/mse", "min")
+
+    def __init__(
+        self,
+        metanet: str | nn.Module = "GraphMetanet",
+        options: dict[str, Any] | None = None,
+        *,
+        side: int = 28,
+        radius: int = 1,
+        optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
+        statistics: int = 1024,
+        trust: Sequence[str] = (),
+    ) -> None:
+        own = {"side": side, "radius": radius}
+        super().__init__(metanet, options, optimization, statistics, trust, own)
+        self.side, self.radius = side, radius
+        metrics = {"mse": mean, "unedited_mse": mean_target}
+        self.val_metrics, self.test_metrics = Paired(metrics), Paired(metrics, resamples=RESAMPLES)
+        self.register_buffer("pixels", grid(side, side), persistent=False)
+        self._modules_by_space: dict[WeightSpace, nn.Module] = {}
+
+    def prepare(self, zoo: Zoo) -> None:
+        """Checks that the networks show images of two coordinates."""
+        for architecture in zoo.architectures:
+            shapes = [tuple(spec.shape) for spec in architecture.inputs]
+            if len(shapes) != 1 or shapes[0][-1:] != (2,):
+                raise ZooError(
+                    message(
+                        f"Editing: {architecture.factory} shows no image",
+                        expected="networks of two coordinates",
+                        got=f"inputs of shapes {shapes}",
+                    )
+                )
+
+    def loss(self, batch: ZooBatch, stage: str) -> Tensor:
+        """Mean squared error of the pixels."""
+        edited = self(batch.graphs)
+        losses: list[Tensor] = []
+        for graph, state in zip(batch.graphs, edited, strict=True):
+            with torch.no_grad():
+                given = self.images(graph.values, graph.space)
+                target = dilated(given, self.radius)
+            shown = self.images(state, graph.space)
+            losses.append((shown - target).square().flatten(1).mean(1))
+            if stage != "train":
+                before = (given - target).square().flatten(1).mean(1)
+                metrics = self.val_metrics if stage == "val" else self.test_metrics
+                metrics.update(losses[-1], before)
+        return torch.cat(losses).mean()
+
+    def images(self, state: Mapping[str, Tensor], space: WeightSpace) -> Tensor:
+        """What networks show, ``(rows, channels, side, side)``."""
+        assert self.seen is not None
+        if space not in self._modules_by_space:
+            pairs = zip(self.seen.architectures, self.seen.spaces, strict=True)
+            architecture = next(a for a, s in pairs if s == space)
+            self._modules_by_space[space] = architecture.module(trust=self.trust)
+        shown = decoded(self._modules_by_space[space], space, state, self.get_buffer("pixels"))
+        return shown.mT.unflatten(-1, (self.side, self.side))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the error of all networks."""
+        _finish(self, "val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the error of all networks, with its interval."""
+        _finish(self, "test", self.test_metrics)
+
+    def columns(self, answer: Any) -> dict[str, Tensor]:
+        """Size of the change: the root mean square of edited weights."""
+        rows = [torch.cat([x.flatten(1) for x in s.values() if x.is_floating_point()], 1)
+                for s in answer]  # fmt: skip
+        return {"edited_rms": torch.cat([x.square().mean(1).sqrt() for x in rows])}
+
+
+class Contrastive(Task):
+    """Representations without labels: two changed views of one network shall be told from others.
+
+    The metanet's answer is the representation; a small perceptron on it, used in training only,
+    gives the vectors that are compared (NT-Xent). At validation a linear classifier is fitted to
+    representations of training networks, and ``probe_accuracy`` is what it reaches.
+
+    Chen et al. (2020), "A Simple Framework for Contrastive Learning of Visual Representations"
+    (SimCLR), equation 1 (arXiv 2002.05709).
+
+    Args:
+        metanet: See `Task`.
+        options: Options of the metanet.
+        dimension: Length of a representation.
+        temperature: Of the softmax over similarities.
+        augment: What makes a view; None takes all symmetries, noise and dropped weights.
+        target: Column with classes for the linear classifier; None for none.
+        probe_networks: Training networks that the linear classifier is fitted to.
+        optimization: Optimiser and learning rate.
+        statistics: See `Task`.
+        trust: See `Task`.
+    """
+
+    monitor = ("val/loss", "min")
+
+    def __init__(
+        self,
+        metanet: str | nn.Module = "GraphMetanet",
+        options: dict[str, Any] | None = None,
+        *,
+        dimension: int = 64,
+        temperature: float = 0.1,
+        augment: Sequence[Augment] | None = None,
+        target: str | None = None,
+        probe_networks: int = 2048,
+        optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
+        statistics: int = 1024,
+        trust: Sequence[str] = (),
+    ) -> None:
+        own = {
+            "dimension": dimension,
+            "temperature": temperature,
+            "target": target,
+            "probe_networks": probe_networks,
+        }
+        super().__init__(metanet, options, optimization, statistics, trust, own)
+        usual = (Symmetry(("permutation", "scale", "sign", "phase")), Noise(0.1), Drop(0.1))
+        self.augment = list(usual if augment is None else augment)
+        self.dimension, self.temperature = dimension, temperature
+        self.target, self.probe_networks = target, probe_networks
+        wide = 2 * dimension
+        self.project = nn.Sequential(
+            nn.Linear(dimension, wide), nn.SiLU(), nn.Linear(wide, dimension)
+        )
+        self.val_metrics = Paired({"probe_accuracy": accuracy})
+        self.test_metrics = Paired({"probe_accuracy": accuracy}, resamples=RESAMPLES)
+        self._probe: Tensor | None = None
+
+    def prepare(self, zoo: Zoo) -> int:
+        """Length of a representation; checks the labels, if there shall be any."""
+        if self.target is not None:
+            classes_of(zoo, self.target, None, "Contrastive")
+        return self.dimension
+
+    def loss(self, batch: ZooBatch, stage: str) -> Tensor:
+        """NT-Xent between two views of every network."""
+        views = [
+            self.project(self(augmented(batch.graphs, self.augment, self.data.generator(batch, k))))
+            for k in (1, 2)
+        ]
+        if stage != "train" and self._probe is not None and self.target is not None:
+            metrics = self.val_metrics if stage == "val" else self.test_metrics
+            scores = _with_one(self(batch.graphs).float()) @ self._probe
+            metrics.update(scores.argmax(1), batch.table[self.target].long())
+        return nt_xent(views[0].float(), views[1].float(), self.temperature)
+
+    def on_validation_epoch_start(self) -> None:
+        """Fits the linear classifier."""
+        self._fit_probe()
+
+    def on_test_epoch_start(self) -> None:
+        """Fits the linear classifier."""
+        self._fit_probe()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what the linear classifier reaches."""
+        if self._probe is not None:
+            _finish(self, "val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs what the linear classifier reaches, with its interval."""
+        if self._probe is not None:
+            _finish(self, "test", self.test_metrics)
+
+    def _fit_probe(self) -> None:
+        if self.target is None:
+            return
+        batch = self.data.batch("train", self.probe_networks).to(self.device)
+        with torch.no_grad():
+            x = self(batch.graphs).float()
+        self._probe = ridge(x, batch.table[self.target].long())
+
+    def columns(self, answer: Tensor) -> dict[str, Tensor]:
+        """The representation."""
+        return {"representation": answer}
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """Cross entropy of finding a network's other view among all views of the batch.
+
+    Args:
+        a: Vectors of the first views, ``(rows, n)``.
+        b: Vectors of the second views, ``(rows, n)``.
+        temperature: By which cosines are divided.
+
+    Returns:
+        The mean over both directions.
+    """
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    similar = z @ z.T / temperature
+    similar = similar.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    other = torch.arange(len(z), device=z.device).roll(len(a))
+    return F.cross_entropy(similar, other)
+
+
+def ridge(x: Tensor, labels: Tensor, penalty: float = 1e-3) -> Tensor:
+    """Linear classifier by ridge regression on one-hot labels, in closed form.
+
+    Args:
+        x: Representations, ``(rows, n)``.
+        labels: Classes, ``(rows,)``.
+        penalty: Of squared weights, in units of the mean square of `x`.
+
+    Returns:
+        ``(n + 1, classes)``; the last row is for a constant 1.
+    """
+    x = _with_one(x).double()
+    y = F.one_hot(labels).double()
+    gram = x.T @ x
+    scale = penalty * gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + scale * eye, x.T @ y).float()
+
+
+def classes_of(zoo: Zoo, target: str, classes: int | None, what: str) -> int:
+    """Number of classes of a column of whole numbers from 0.
+
+    Args:
+        zoo: The zoo.
+        target: Name of the column.
+        classes: The number that is expected; None takes one more than the largest label.
+        what: Who asks, for the message.
+
+    Returns:
+        The number.
+
+    Raises:
+        ZooError: If there is no such column or a label is no class.
+    """
+    labels = column(zoo, target, what)
+    whole = labels.astype(np.int64)
+    most = int(whole.max(initial=0)) + 1 if classes is None else classes
+    bad = np.unique(labels[(whole != labels) | (whole < 0) | (whole >= most)])
+    if len(bad):
+        raise ZooError(
+            message(
+                f"{what}: labels of {target!r} are no classes",
+                expected=f"whole numbers from 0 to {most - 1}",
+                got=f"{', '.join(map(str, bad[:8].tolist()))}",
+            )
+        )
+    return most
+
+
+def _with_one(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def _finish(task: Task, stage: str, metrics: Paired) -> None:
+    """Logs the metrics of a stage and forgets its networks."""
+    found = metrics.compute()
+    metrics.reset()
+    task.report(stage, found)
+
+
+TASKS: dict[str, type[Task]] = {
+    c.__name__: c for c in (Classification, Prediction, Editing, Contrastive)
+}
+"""Tasks by name, as checkpoints call them."""
