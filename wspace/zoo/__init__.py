@@ -10,7 +10,7 @@ from wspace.zoo.architecture import example_network as example_network
 from wspace.zoo.batch import ZooBatch as ZooBatch
 from wspace.zoo.build import build as build
 from wspace.zoo.collection import Zoo as Zoo
-from wspace.zoo.opening import open as open
+from wspace.zoo.opening import open_zoo as open_zoo
 from wspace.zoo.recipe import Cohort as Cohort
 from wspace.zoo.recipe import Column as Column
 from wspace.zoo.recipe import Recipe as Recipe
@@ -18,3 +18,5 @@ from wspace.zoo.recipe import generator_of as generator_of
 from wspace.zoo.recipe import recipe_from as recipe_from
 from wspace.zoo.recipe import recipe_names as recipe_names
 from wspace.zoo.split import Split as Split
+
+open = open_zoo

@@ -17,7 +17,7 @@ from wspace.zoo.cluster import run_on_ray
 from wspace.zoo.collection import Zoo
 from wspace.zoo.engine import commit_cohort, in_processes
 from wspace.zoo.format import FOLDERS, HEADER, Header, clean, read_header, write_header
-from wspace.zoo.opening import open as open_zoo
+from wspace.zoo.opening import open_zoo
 from wspace.zoo.recipe import Recipe, described, grown, recipe_from
 from wspace.zoo.shard import HALVES, check_size, committed, read_marker
 

@@ -43,6 +43,7 @@ class Files:
     spaces: tuple[WeightSpace, ...]
     damaged: tuple[str, ...] = ()
     mapped: dict[int, dict[str, Tensor]] = field(default_factory=dict[int, dict[str, Tensor]])
+    loaded: dict[int, dict[str, Tensor]] = field(default_factory=dict[int, dict[str, Tensor]])
 
     def kind(self, shard: int) -> int:
         """Place in `architectures` of the networks of a shard."""
@@ -55,8 +56,19 @@ class Files:
             self.mapped[shard] = map_tensors(self.folder, self.markers[shard], space)
         return self.mapped[shard]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mapped": {}}  # another process maps the files itself
+    def load(self, kind: int) -> None:
+        """Copies the shards of an architecture into memory, one after another."""
+        mine = [k for k in range(len(self.markers)) if self.kind(k) == kind]
+        parts = [self.tensors(k) for k in mine]
+        self.loaded[kind] = {name: torch.cat([x[name] for x in parts]) for name in parts[0]}
+
+    def starts(self, kind: int) -> np.ndarray:
+        """Row of the copy at which each shard begins."""
+        rows = [m.rows if self.kind(k) == kind else 0 for k, m in enumerate(self.markers)]
+        return np.cumsum([0, *rows[:-1]])
+
+    def __getstate__(self) -> dict[str, Any]:  # another process maps the files itself
+        return {**self.__dict__, "mapped": {}, "loaded": {}}
 
 
 class Zoo:
@@ -355,6 +367,20 @@ class Zoo:
             text = f"zoo: network {i} of {self.file_of(i)} is not what its weight space says"
             raise ZooError(f"{message(text)}\n{error}") from error
 
+    def load(self) -> "Zoo":
+        """This view, once the states of its architectures are copied into memory.
+
+        Random batches then cost the same however many cohorts there are. All views of the files
+        share the copy; processes that are started later map the files again.
+
+        Returns:
+            The view itself.
+        """
+        for kind in np.unique(self.kind).tolist():
+            if kind not in self._files.loaded:
+                self._files.load(kind)
+        return self
+
     def file_of(self, i: int) -> Path:
         """The file that holds the state of a network."""
         return place(self.path, self._files.markers[self._shard[i]].number, "safetensors")
@@ -394,6 +420,13 @@ class Zoo:
         self, at: np.ndarray, time: slice | int | None, dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """States of networks of one architecture, shard by shard and put back in order."""
+        kind = int(self.kind[at[0]])
+        if kind in self._files.loaded:
+            rows = torch.from_numpy(self._files.starts(kind)[self._shard[at]] + self._row[at])
+            return {
+                name: (x if time is None else x[:, time]).index_select(0, rows).to(dtype)
+                for name, x in self._files.loaded[kind].items()
+            }
         shards, rows = self._shard[at], torch.from_numpy(self._row[at])
         order = np.argsort(shards, kind="stable")
         bounds = np.flatnonzero(np.diff(shards[order])) + 1

@@ -23,7 +23,7 @@ from wspace.zoo.shard import (
 Table = dict[str, np.ndarray]
 
 
-def open(
+def open_zoo(
     path: str | Path,
     *,
     check: int = 4,
