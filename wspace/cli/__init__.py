@@ -1,4 +1,4 @@
-"""The command `wspace`: inspect, verify, convert, and a demonstration.
+"""The command `wspace`: inspect, verify, convert, model zoos, and a demonstration.
 
 Exit codes: 0 done, 1 a claim did not hold, 2 wrong use or bad input, 130 interrupted.
 """
@@ -18,7 +18,9 @@ from rich.text import Text
 from wspace.cli.convert import convert
 from wspace.cli.inspect import inspect
 from wspace.cli.screen import console
+from wspace.cli.train import TRAINING, is_lightning, predict, train
 from wspace.cli.verify import verify
+from wspace.cli.zoo import zoo_options
 from wspace.errors import WSpaceError
 
 Command = Callable[[argparse.Namespace, Console], int]
@@ -30,6 +32,9 @@ EXAMPLES = """examples:
   wspace inspect py:net.py:build --plot net.svg
   wspace verify torchvision:resnet18       prove the symmetry on the weights
   wspace convert model.safetensors model.graph.safetensors
+  wspace fit --config configs/inr_classification_gmn.yaml --data.path zoos/mnist
+  wspace predict --ckpt last.safetensors model.safetensors
+  wspace zoo build digits zoos/digits      train a zoo of small networks
   wspace demo                              see it all at work; writes demo/report.html
 
 A model is named as its users name it: """
@@ -77,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = console(stderr=True)
     try:
         return args.run(args, console())
+    except SystemExit as stop:  # LightningCLI read the words
+        return stop.code if isinstance(stop.code, int) else 2
     except (WSpaceError, OSError) as error:
         if args.debug:
             raise
@@ -111,6 +118,10 @@ def parser() -> Parser:
     _verify_options(command("verify", verify, "prove the symmetry of a model on its weights"))
     _convert_options(command("convert", convert, "checkpoint to graph file, or back, bit for bit"))
     _demo_options(command("demo", _demo, "train, convert, move and prove small networks"))
+    for name, help in TRAINING.items():
+        command(name, train, help)
+    _predict_options(command("predict", predict, "ask a trained metanet about networks"))
+    zoo_options(command("zoo", _no_command, "build, show, prove and split model zoos"))
     it = command("trace", _trace, "show what the tracer knows")
     it.add_argument("--ops", action="store_true", required=True, help="list operators with a rule")
     return top
@@ -147,6 +158,23 @@ def _demo_options(it: Parser) -> None:
     it.add_argument("--fast", action="store_true", help="train less and prove less")
 
 
+def _predict_options(it: Parser) -> None:
+    it.add_argument("subjects", metavar="NETWORK", nargs="+", help=f"zoo, checkpoint, or {REF}")
+    it.add_argument("--ckpt", metavar="FILE", required=True, help="what `wspace fit` wrote")
+    _code_options(it)
+    it.add_argument("--seed", type=int, default=0, help="of random weights")
+    it.add_argument("--all", action="store_true", help="show all rows of long tables")
+    it.add_argument("--json", metavar="FILE", help="write the predictions as JSON; - for stdout")
+    it.add_argument("--out", metavar="DIR", help="where edited networks go, for editing tasks")
+    it.add_argument(
+        "--trust",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="import factories that the checkpoint names from this package; once for each",
+    )
+
+
 def _model_options(it: Parser) -> None:
     it.add_argument("ref", metavar="REF", help=f"model reference, or path of a checkpoint ({REF})")
     _code_options(it)
@@ -173,6 +201,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not words:
         top.print_help()
         sys.exit(2)
+    if is_lightning(words):
+        rest = [word for word in words if word != "--debug"]
+        return argparse.Namespace(run=train, words=rest, debug=len(rest) < len(words))
     args, rest = top.parse_known_args(words)
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -183,6 +214,10 @@ def _demo(args: argparse.Namespace, out: Console) -> int:
     from wspace.demo import demo
 
     return demo(args.out, out, fast=args.fast)
+
+
+def _no_command(args: argparse.Namespace, out: Console) -> int:
+    args.parser.error("a command is missing")
 
 
 def _trace(args: argparse.Namespace, out: Console) -> int:
