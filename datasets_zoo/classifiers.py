@@ -93,8 +93,7 @@ def _data(dataset: str, root: str, grey: bool) -> tuple[Tensor, Tensor, Tensor, 
     data = images(dataset, root or None)
     out: list[Tensor] = []
     for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
-        pixels, labels = torch.as_tensor(x), torch.as_tensor(y).long()
-        pixels = pixels[..., None] if pixels.dim() == 3 else pixels
+        pixels, labels = x[..., None] if x.dim() == 3 else x, y.long()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         pixels = pixels[order].permute(0, 3, 1, 2).float()
         out += [pixels.mean(1, keepdim=True) if grey else pixels, labels[order]]

@@ -145,8 +145,8 @@ class SirenGradient:
 def _shuffled(dataset: str, root: str) -> tuple[Tensor, Tensor, list[str]]:
     """All images of a data set in the order of the zoo: pixels, labels, and parts."""
     data: Images = images(dataset, root or None)
-    pixels = torch.cat([torch.as_tensor(data.train_x), torch.as_tensor(data.test_x)])
-    labels = torch.cat([torch.as_tensor(data.train_y), torch.as_tensor(data.test_y)]).long()
+    pixels = torch.cat([data.train_x, data.test_x])
+    labels = torch.cat([data.train_y, data.test_y]).long()
     pixels = pixels[..., None] if pixels.dim() == 3 else pixels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     first = len(data.train_y)

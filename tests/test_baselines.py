@@ -10,8 +10,7 @@ from cases import build
 from torch import Tensor, nn
 
 import wspace
-from datasets_zoo import digits
-from wspace.errors import SpaceMismatch, ZooError
+from wspace.errors import SpaceMismatch
 from wspace.graph import ParameterGraph, encode
 from wspace.nn.statistics import (
     CODE,
@@ -221,39 +220,3 @@ def test_codes_tell_tensors_apart() -> None:
         assert codes.shape == (len(space.params), CODE)
     first, second = tensor_codes(perceptron()[1])[[0, 2]]
     assert not torch.equal(first, second)
-
-
-# -------------------------------------------------------------------------- zoo
-
-
-@pytest.mark.parametrize("architecture", ["mlp", "cnn"])
-def test_digit_classifiers(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranges = digits.RANGES[architecture] | {"steps": (2.0, 90.0), "learning_rate": (1e-2, 3e-2)}
-    monkeypatch.setitem(digits.RANGES, architecture, ranges)
-    count = 6 if architecture == "cnn" else 12
-    zoo = digits.digit_classifiers(count, seed=3, architecture=architecture)
-    again = digits.digit_classifiers(count, seed=3, architecture=architecture)
-    other = digits.digit_classifiers(count, seed=4, architecture=architecture)
-    for k, x in zoo.state.items():
-        assert torch.equal(x, again.state[k])
-        assert not torch.equal(x, other.state[k])
-        assert x.dtype == torch.float32
-    assert all(len(x) == count and torch.equal(x, again.meta[k]) for k, x in zoo.meta.items())
-    module = zoo.module.to_empty(device="cpu")
-    _, _, images, labels = digits.digit_images()
-    best = int(zoo.meta["test_accuracy"].argmax())
-    module.load_state_dict({k: x[best] for k, x in zoo.state.items()})
-    right = (module(images).argmax(1) == labels).float().mean()
-    assert float(abs(right - zoo.meta["test_accuracy"][best])) < 0.005
-    if architecture == "mlp":
-        assert float(right) > 0.5
-    space = wspace.trace(module, images[:1])
-    encode(space, zoo.state)
-
-
-def test_digit_classifiers_do_not_touch_the_global_generator() -> None:
-    before = torch.get_rng_state()
-    digits.digit_classifiers(2, seed=0)
-    assert torch.equal(before, torch.get_rng_state())
-    with pytest.raises(ZooError, match="no such architecture"):
-        digits.digit_classifiers(2, architecture="rnn")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wspace
+from wspace.demo.zoo import ask, build_zoo, train_metanets
 from wspace.errors import MissingExtra, message
 from wspace.graph import decode, encode, load_graph, save_graph
 from wspace.io import load_checkpoint, save_checkpoint
@@ -363,4 +364,7 @@ STEPS: tuple[tuple[str, Callable[[Stage], None]], ...] = (
     ("Move it: other weights, same function", _move),
     ("Prove it, here and on other architectures", _verify),
     ("A transformer as a graph", _transformer),
+    ("Build a zoo of classifiers", build_zoo),
+    ("Train networks on weights", train_metanets),
+    ("Ask about a checkpoint", ask),
 )
