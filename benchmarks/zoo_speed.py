@@ -8,6 +8,7 @@ the page cache. The last two tables change one size at a time: networks, and coh
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def beside_files(folder: Path, rounds: int) -> dict[str, float]:
     for i, (_, state) in enumerate(made):
         torch.save({name: x.clone() for name, x in state.items()}, files / f"{i}.pt")
     loaded = zoo.open(made.path).load()
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "Zoo.batch, random": lambda: read_zoo(made),
         "Zoo.batch, in order": lambda: read_in_order(made),
         "Zoo.batch, loaded": lambda: read_zoo(loaded),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Protocol, Union, cast, get_args, get_origin
+from typing import Any, Literal, Protocol, Union, cast, get_args, get_origin
 from typing import get_type_hints as hints_of
 
 import numpy as np
@@ -55,8 +55,6 @@ class Recipe(Protocol):
     what a cohort holds must not depend on them. (The last cohort may be short; it is made again
     when the zoo grows.)
     """
-
-    grows: ClassVar[tuple[str, ...]] = ("count",)
 
     @property
     def seed(self) -> int:
