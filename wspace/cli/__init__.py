@@ -216,8 +216,8 @@ def _demo(args: argparse.Namespace, out: Console) -> int:
     return demo(args.out, out, fast=args.fast)
 
 
-def _no_command(args: argparse.Namespace, out: Console) -> int:
-    args.parser.error("a command is missing")
+def _no_command(args: argparse.Namespace, out: Console) -> NoReturn:
+    raise AssertionError("argparse has asked for a command")
 
 
 def _trace(args: argparse.Namespace, out: Console) -> int:
