@@ -6,19 +6,25 @@ folder is ``runs/NAME/version_K``, NAME being the configuration file's.
 """
 
 import csv
+import re
 import sys
+import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 
+from wspace.errors import WSpaceError, message
 from wspace.lit.checkpoint import Checkpoints, SafeCheckpoints
 from wspace.lit.data import ZooDataModule
 from wspace.lit.modules import TASKS
@@ -33,6 +39,28 @@ DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 """What differs from Lightning's own defaults."""
+
+
+class Parser(LightningArgumentParser):
+    """Parser that says what was probably meant, not everything that can be said."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Writes the mistake on stderr, and exits with 2.
+
+        Args:
+            message: What jsonargparse says.
+            ex: Why.
+        """
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        known = {o.lstrip("-") for action in parser._actions for o in action.option_strings}
+        known |= {name for task in TASKS.values() for name in signature(task).parameters}
+        wrong = re.search(r"arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'", message)
+        name = next((part for part in wrong.groups() if part), "") if wrong else ""
+        near = get_close_matches(name, known, n=1)
+        sys.stderr.write(f"wspace: {message}\n")
+        help = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists all options"
+        sys.stderr.write(f"  help: {help.replace(' [options]', '')}\n")
+        sys.exit(2)
 
 
 class TrainingCLI(LightningCLI):
@@ -54,6 +82,7 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "wspace", "description": "Train metanetworks on model zoos."},
+            parser_class=Parser,
             args=self.words,
         )
 
@@ -75,10 +104,10 @@ class TrainingCLI(LightningCLI):
         ):
             monitor, mode = self.model.monitor
             callbacks.append(Checkpoints(monitor=monitor, mode=mode, save_last=True))
-        if given.get("enable_progress_bar") is not False and not sys.stderr.isatty():
-            kwargs["enable_progress_bar"] = False
-        elif given.get("enable_progress_bar") is not False:
-            callbacks.append(TQDMProgressBar())
+        if given.get("enable_progress_bar") is not False:
+            seen = sys.stderr.isatty()
+            kwargs["enable_progress_bar"] = seen
+            callbacks.append(TQDMProgressBar() if seen else Lines())
         plugins = given.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(p, SafeCheckpoints) for p in plugins):
@@ -97,6 +126,12 @@ class TrainingCLI(LightningCLI):
             loggers.append(TensorBoardLogger(root, name, version))
         return loggers
 
+    def after_fit(self) -> None:
+        """Says where everything is."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if self.trainer.is_global_zero:
+            sys.stdout.write(f"wrote {self.trainer.log_dir}\n" + (f"best {best}\n" if best else ""))
+
     def predict(self, **kwargs: Any) -> None:
         """Predictions for all networks of the zoo, as ``predictions.csv`` in the run's folder."""
         outputs: Any = self.trainer.predict(**kwargs)
@@ -110,6 +145,23 @@ class TrainingCLI(LightningCLI):
             folder.mkdir(parents=True, exist_ok=True)
             write_csv(folder / "predictions.csv", in_order(outputs))
             sys.stdout.write(f"wrote {folder / 'predictions.csv'}\n")
+
+
+class Lines(Callback):
+    """A line for every epoch, where no one watches a progress bar."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the metrics of an epoch.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+        """
+        del pl_module
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            found = [f"{k} {float(v):.4f}" for k, v in sorted(trainer.callback_metrics.items())]
+            sys.stdout.write(f"epoch {trainer.current_epoch}  {'  '.join(found)}\n")
+            sys.stdout.flush()
 
 
 def write_csv(path: Path, columns: dict[str, Tensor]) -> None:
@@ -139,9 +191,33 @@ def run(words: Sequence[str]) -> int:
 
     Returns:
         0; wrong options leave by `SystemExit` with 2.
+
+    Raises:
+        WSpaceError: What went wrong in wspace, and what Lightning finds wrong with the options.
     """
-    TrainingCLI([*words])
+    with warnings.catch_warnings():
+        # lightning 2.6 calls what torch 2.13 deprecates, and advises workers that are not needed
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        warnings.filterwarnings("ignore", "The .*_dataloader. does not have many workers")
+        try:
+            TrainingCLI([*words])
+        except Exception as error:
+            own = _own(error)
+            if own is None:
+                raise
+            raise own from error
     return 0
+
+
+def _own(error: BaseException | None) -> WSpaceError | None:
+    """The error of wspace that an error of jsonargparse or Lightning wraps."""
+    while error is not None:
+        if isinstance(error, WSpaceError):
+            return error
+        if isinstance(error, MisconfigurationException):
+            return WSpaceError(message("fit: Lightning cannot run this", got=str(error)))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 __all__ = ["COMMANDS", "DEFAULTS", "TASKS", "TrainingCLI", "run", "write_csv"]
