@@ -136,6 +136,28 @@ def images(name: str, root: str | Path | None = None) -> Images:
     return _READERS[name](name, places, bool(root))
 
 
+def standardised(name: str, root: str | Path | None = None) -> Images:
+    """Images as networks take them.
+
+    Args:
+        name: As for `images`.
+        root: As for `images`.
+
+    Returns:
+        Images as float32 ``(N, channels, height, width)``, shifted and scaled so that every channel
+        of the training images has mean 0 and standard deviation 1; labels.
+    """
+    data = images(name, root)
+    train, test = (_channels_first(x) for x in (data.train_x, data.test_x))
+    deviation, mean = torch.std_mean(train, (0, 2, 3), keepdim=True)
+    deviation = deviation.clamp(min=1e-6)
+    return Images((train - mean) / deviation, data.train_y, (test - mean) / deviation, data.test_y)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return (x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)).float()
+
+
 def _digits(*_: object) -> Images:
     """The digits of scikit-learn; 0 … 16 becomes 0 … 255."""
     try:
