@@ -68,7 +68,9 @@ def _build(args: argparse.Namespace, out: Console) -> int:
     with _importable_here():
         recipe = zoo.recipe_from(args.recipe, _pairs(args.set))
         columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=screen.console(stderr=True), transient=True) as bar:
+        errors = screen.console(stderr=True)
+        hidden = not errors.is_terminal
+        with Progress(*columns, console=errors, transient=True, disable=hidden) as bar:
             task = bar.add_task("", total=recipe.cohorts)
             made = zoo.build(
                 recipe,

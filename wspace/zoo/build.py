@@ -16,7 +16,16 @@ from wspace.errors import ZooError, message
 from wspace.zoo.cluster import run_on_ray
 from wspace.zoo.collection import Zoo
 from wspace.zoo.engine import commit_cohort, in_processes
-from wspace.zoo.format import FOLDERS, HEADER, Header, clean, read_header, write_header
+from wspace.zoo.format import (
+    FOLDERS,
+    HEADER,
+    Header,
+    clean,
+    is_ours,
+    listed,
+    read_header,
+    write_header,
+)
 from wspace.zoo.opening import open_zoo
 from wspace.zoo.recipe import Recipe, described, grown, recipe_from
 from wspace.zoo.shard import HALVES, check_size, committed, read_marker
@@ -78,17 +87,11 @@ def build(
 
 
 def _make_folders(folder: Path) -> None:
+    stray = [item.name for item in listed(folder) if not is_ours(item.name)]
+    if stray and not (folder / HEADER).exists():
+        expected = "a new or empty folder, or a zoo"
+        raise ZooError(message(f"zoo: {folder} is in use", expected=expected, got=stray[:5]))
     try:
-        if folder.is_dir() and not (folder / HEADER).exists() and any(folder.iterdir()):
-            stray = sorted(item.name for item in folder.iterdir())
-            if not {*stray} <= {*FOLDERS} and not all(name.startswith(".") for name in stray):
-                raise ZooError(
-                    message(
-                        f"zoo: {folder} is in use",
-                        expected="a new or empty folder, or a zoo",
-                        got=stray[:5],
-                    )
-                )
         for name in FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -60,6 +60,11 @@ class Header:
 # --- places and whole files -----------------------------------------------------------------------
 
 
+def is_ours(name: str) -> bool:
+    """Whether a zoo that is begun may hold this at its top."""
+    return name in {HEADER, *FOLDERS} or bool(_TEMPORARY.fullmatch(name))
+
+
 def clean(folder: Path) -> None:
     """Removes what writers that were killed left behind."""
     for inner in (folder, *(folder / name for name in FOLDERS)):
