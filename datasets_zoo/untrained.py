@@ -19,7 +19,7 @@ included, in float64:
   before, or every smooth function would have a jump there.
 - ``energy``: the same weighted by :math:`|\hat f(k)|^2`.
 - ``lempel_ziv``: :math:`c \log_2(n) / n` with :math:`c` the number of phrases into which Lempel and
-  Ziv (1978) parse the :math:`n` signs of :math:`f` less its median, read row by row, alternately
+  Ziv (1976) parse the :math:`n` signs of :math:`f` less its median, read row by row, alternately
   forwards and backwards; about 1 for coin flips.
 - ``deviation``: standard deviation of :math:`f`.
 
@@ -220,7 +220,8 @@ def _mean_of(x: Tensor, weight: Tensor) -> Tensor:
 def lempel_ziv(bits: Sequence[bool]) -> float:
     """Number of phrases of a sequence of bits, times log2(n) / n.
 
-    Each phrase is the shortest that has not been a phrase before (Lempel and Ziv, 1978).
+    Each phrase is the shortest that is not a part of what came before its own end (Lempel and Ziv,
+    1976, "On the Complexity of Finite Sequences").
 
     Args:
         bits: The sequence, at least two long.
@@ -229,17 +230,14 @@ def lempel_ziv(bits: Sequence[bool]) -> float:
         The normalised number; about 1 for coin flips, near 0 for a constant.
 
     Example:
-        >>> lempel_ziv([False, False, True, False])  # 0, 01, 0
+        >>> lempel_ziv([bool(int(bit)) for bit in "0001101001000101"])  # 0 001 10 100 1000 101
         1.5
     """
-    n, phrases = len(bits), 0
-    tree: dict[tuple[int, bool], int] = {}  # (phrase, next bit) -> longer phrase
-    here = 0
-    for bit in bits:
-        if (here, bit) in tree:
-            here = tree[here, bit]
-            continue
-        phrases += 1
-        tree[here, bit] = phrases
-        here = 0
-    return (phrases + (here > 0)) * log2(n) / n
+    word, n = "".join("01"[bit] for bit in bits), len(bits)
+    start = phrases = 0
+    while start < n:
+        end = start + 1
+        while end <= n and word.find(word[start:end], 0, end - 1) >= 0:
+            end += 1
+        phrases, start = phrases + 1, end
+    return phrases * log2(n) / n
