@@ -10,6 +10,7 @@ import tempfile
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
@@ -108,7 +109,7 @@ def fetch(remote: Remote, folder: str, *, others: Sequence[str] = ()) -> Path:
                 )
             )
         part.replace(target)
-    except OSError as error:  # urllib's errors are OSErrors
+    except (OSError, HTTPException) as error:
         raise ZooError(
             message(f"data: could not fetch {remote.url}", got=str(error), help=help)
         ) from error

@@ -16,8 +16,8 @@ Networks (`network`):
 
 States have a time axis: ``(network, time, *shape)``, at steps 0, `every`, 2 `every` … `steps`.
 Columns ``loss_00020``: mean training loss of the state at step 20 on the same `judged` training
-examples (windows of text at equal distances), nats. ``dtype="float16"`` halves the size; numbers
-then have a relative error of at most 5e-4.
+examples (windows of text at equal distances), nats. Build with ``dtype="float16"`` for half the
+size.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,7 +112,6 @@ class Trajectories:
         batch: Examples in one step.
         learning_rate: Smallest and largest rate.
         judged: Examples on which losses are measured.
-        dtype: Of the states: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         size: Networks in one cohort.
     """
 
@@ -127,7 +126,6 @@ class Trajectories:
     batch: int = 64
     learning_rate: tuple[float, float] = (1e-3, 1e-2)
     judged: int = 500
-    dtype: str = "float32"
     size: int = 16
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
@@ -149,10 +147,8 @@ class Trajectories:
             ``diverged``.
 
         Raises:
-            ZooError: If the network or the type is unknown.
+            ZooError: If the network is unknown, or the text too short.
         """
-        if self.dtype not in {"float32", "float16", "bfloat16"}:
-            raise ZooError(message("trajectories: states have no such type", got=repr(self.dtype)))
         task = _task(self.network, self.data, self.root, self.width, self.judged)
         generator = generator_of(self.seed, index)
         rate = log_uniform(self.size, *self.learning_rate, generator)
@@ -167,8 +163,7 @@ class Trajectories:
         states = {name: x[:count] for name, x in done.saved.items()}
         table = {"learning_rate": rate[:count], "diverged": done.diverged[:count]}
         table |= _judge(module.eval(), states, steps, task)
-        kept = {name: x.to(getattr(torch, self.dtype)) for name, x in states.items()}
-        return Cohort(architecture, kept, table, steps)
+        return Cohort(architecture, states, table, steps)
 
 
 def _loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Recipes for untrained networks, language models and training trajectories, on tiny counts."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from datasets_zoo.language import LanguageModels, gpt, judge, text_batches, toke
 from datasets_zoo.trajectories import Trajectories, plain_cnn
 from datasets_zoo.untrained import ACTIVATIONS, Untrained, complexity, lempel_ziv, perceptron
 from wspace.errors import ZooError
+from wspace.graph import decode
 from wspace.trace.verify import verify
+from wspace.zoo.build import build
 from wspace.zoo.recipe import Cohort, Recipe
 
 LANGUAGE = LanguageModels(
@@ -253,13 +256,14 @@ def test_losses_along_mlp_trajectories() -> None:
     assert torch.equal(cohort.table["train_loss"], cohort.table["loss_00006"])
 
 
-def test_half_precision_of_mlp() -> None:
-    exact = RECIPES["mlp"].cohort(0)
-    half = replace(RECIPES["mlp"], dtype="float16").cohort(0)
-    for name, x in half.state.items():
-        assert x.dtype == torch.float16 and torch.equal(x, exact.state[name].half())
-    with pytest.raises(ZooError, match="no such type"):
-        replace(RECIPES["mlp"], dtype="int8").cohort(0)
+def test_half_precision_of_mlp(tmp_path: Path) -> None:
+    zoo = build(RECIPES["mlp"], tmp_path / "zoo", dtype="float16")
+    assert zoo.steps is not None and zoo.steps.tolist() == [0, 3, 6]
+    batch = zoo.batch([2, 0], time=2)
+    exact = torch.stack([RECIPES["mlp"].cohort(i).state["1.weight"][0, 2] for i in (1, 0)])
+    weight = decode(batch.graphs[0])["1.weight"]
+    assert weight.dtype == torch.float32 and torch.equal(weight, exact.half().float())
+    assert all(report.ok for report in zoo.verify(1))
 
 
 def test_unknown_network() -> None:

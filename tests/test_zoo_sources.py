@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import io
+import socket
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,36 @@ def test_no_network_says_what_to_give(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ZooError, match=r"(?s)could not fetch.*WSPACE_DATA.*cifar10.npz"):
         images("cifar10")
     assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("answer", ["whole", "cut", "missing", "garbage"])
+def test_a_server(tmp_path: Path, answer: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reply = {
+            "whole": b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nwords",
+            "cut": b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nwor",
+            "missing": b"HTTP/1.0 404 Not Found\r\n\r\n",
+            "garbage": b"nothing\r\n\r\n",
+        }[answer]
+
+        def serve() -> None:
+            with server.accept()[0] as client:
+                client.recv(4096)
+                client.sendall(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/words.txt"
+        item = Remote(url, f"sha256:{hashlib.sha256(b'words').hexdigest()}")
+        try:
+            if answer == "whole":
+                assert fetch(item, "some").read_text() == "words"
+            else:
+                with pytest.raises(ZooError, match=url):
+                    fetch(item, "some")
+        finally:
+            thread.join()
+    assert len(cached(tmp_path)) == (answer == "whole")
 
 
 def test_published_checksums_are_whole() -> None:
