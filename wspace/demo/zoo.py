@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from wspace.demo import Stage
 
-RECIPE = {"dataset": "digits", "checkpoints": 1, "steps": (5, 400), "judged": 500}
+RECIPE = {"dataset": "digits", "checkpoints": 1, "steps": (5, 300), "judged": 500}
 METANETS = {
     "GraphMetanet": {"channels": 32, "layers": 3, "dropout": 0.1},
     "StatNN": {"hidden": [128, 128]},
@@ -65,10 +65,10 @@ def train_metanets(stage: "Stage") -> None:
     rows: list[tuple[object, ...]] = []
     for name, options in METANETS.items():
         start = time.perf_counter()
-        figures, file = _fitted(stage, name, options)
+        figures, file, part = _fitted(stage, name, options)
         seconds = time.perf_counter() - start
-        stage.found[f"task {name}"] = file
-        tested[NAMES[name]] = _asked(stage.found["zoo"], file)
+        stage.found |= {f"task {name}": file, "tested": part}
+        tested[NAMES[name]] = _asked(part, file)
         ends = [f"{figures[f'test/kendall_{end}']:.3f}" for end in ("low", "high")]
         tau, r2 = figures["test/kendall"], figures["test/r2"]
         rows.append((NAMES[name], f"{tau:.3f}", "–".join(ends), f"{r2:.3f}", f"{seconds:.1f} s"))
@@ -82,8 +82,8 @@ def ask(stage: "Stage") -> None:
     from wspace.graph import encode
     from wspace.lit import load_task, predict
 
-    zoo: Zoo = stage.found["zoo"]
-    row = len(zoo) - 1
+    zoo: Zoo = stage.found["tested"]
+    row = int(torch.tensor(zoo.table["test_accuracy"]).argmax())
     space, state = zoo[row]
     file = stage.folder / "unknown.safetensors"
     save_checkpoint(state, file)
@@ -92,13 +92,20 @@ def ask(stage: "Stage") -> None:
     truth = float(zoo.table["test_accuracy"][row])
     stage.say(f"{file.name}: predicted {answer:.2f}, true {truth:.2f}")
     stage.page.text(
-        f"A checkpoint on its own, {file.name}: the trained metanet says {answer:.2f}, and the "
-        f"network is right on {truth:.2f} of the test digits. From the shell this is"
+        f"The best of the test networks as a checkpoint of its own, {file.name}: the trained "
+        f"metanet says {answer:.2f}, and the network is right on {truth:.2f} of the test digits. "
+        "From the shell this is"
     ).code(f"wspace predict --ckpt {stage.found['task GraphMetanet']} {file}")
 
 
-def _fitted(stage: "Stage", name: str, options: dict[str, Any]) -> tuple[dict[str, float], Path]:
-    """Trains a metanet as `wspace fit` does; test metrics of its best checkpoint, and the file."""
+def _fitted(
+    stage: "Stage", name: str, options: dict[str, Any]
+) -> tuple[dict[str, float], Path, Zoo]:
+    """Trains a metanet as `wspace fit` does.
+
+    Returns:
+        Test metrics of the checkpoint that is best on validation, its file, the test networks.
+    """
     from wspace.lit.cli import TrainingCLI
 
     config = {
@@ -106,7 +113,11 @@ def _fitted(stage: "Stage", name: str, options: dict[str, Any]) -> tuple[dict[st
             "class_path": "Prediction",
             "init_args": {"metanet": name, "options": options, "rank_weight": 0.1},
         },
-        "data": {"path": str(stage.folder / "zoo"), "batch_size": 32},
+        "data": {
+            "path": str(stage.folder / "zoo"),
+            "batch_size": 32,
+            "fractions": [0.7, 0.1, 0.2],
+        },
         "trainer": {
             "max_epochs": 2 if stage.fast else 60,
             "default_root_dir": str(stage.folder / "runs"),
@@ -119,7 +130,7 @@ def _fitted(stage: "Stage", name: str, options: dict[str, Any]) -> tuple[dict[st
         cli: Any = TrainingCLI(["fit", "--config", str(file)])
         best = cli.trainer.checkpoint_callback.best_model_path
         found = cli.trainer.test(cli.model, cli.datamodule, ckpt_path=best, verbose=False)[0]
-    return found, Path(best)
+    return found, Path(best), cli.datamodule.parts["test"]
 
 
 @contextmanager
@@ -138,11 +149,10 @@ def _quiet() -> Generator[None]:
             logger.setLevel(level)
 
 
-def _asked(zoo: Zoo, file: Path) -> tuple[Tensor, Tensor]:
+def _asked(part: Zoo, file: Path) -> tuple[Tensor, Tensor]:
     """Predicted and true accuracies of the test networks."""
     from wspace.lit import load_task, predict_zoo
 
-    part = zoo.split()["test"]
     found = predict_zoo(load_task(file), part)["test_accuracy"]
     return found, torch.tensor(part.table["test_accuracy"]).float()
 
