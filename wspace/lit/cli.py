@@ -112,7 +112,10 @@ class TrainingCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(p, SafeCheckpoints) for p in plugins):
             plugins = [*plugins, SafeCheckpoints()]
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+        except ValueError as error:
+            raise WSpaceError(message("fit: Lightning cannot run this", got=str(error))) from error
 
     def _loggers(self, root: Path) -> list[Logger]:
         files = [w for flag, w in zip(self.words, self.words[1:], strict=False)
@@ -129,8 +132,9 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         """Says where everything is."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        folder = self.trainer.log_dir  # all processes have to ask
         if self.trainer.is_global_zero:
-            sys.stdout.write(f"wrote {self.trainer.log_dir}\n" + (f"best {best}\n" if best else ""))
+            sys.stdout.write(f"wrote {folder}\n" + (f"best {best}\n" if best else ""))
 
     def predict(self, **kwargs: Any) -> None:
         """Predictions for all networks of the zoo, as ``predictions.csv`` in the run's folder."""
@@ -140,8 +144,8 @@ class TrainingCLI(LightningCLI):
             shared: list[Any] = [None] * world
             torch.distributed.all_gather_object(shared, outputs)
             outputs = [o for part in shared for o in part]
+        folder = Path(self.trainer.log_dir or ".")  # all processes have to ask
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.log_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
             write_csv(folder / "predictions.csv", in_order(outputs))
             sys.stdout.write(f"wrote {folder / 'predictions.csv'}\n")
@@ -196,7 +200,9 @@ def run(words: Sequence[str]) -> int:
         WSpaceError: What went wrong in wspace, and what Lightning finds wrong with the options.
     """
     with warnings.catch_warnings():
-        # lightning 2.6 calls what torch 2.13 deprecates, and advises workers that are not needed
+        # lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate, and advises workers
+        # that are not needed
+        warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         warnings.filterwarnings("ignore", "The .*_dataloader. does not have many workers")
         try:

@@ -103,7 +103,7 @@ def predict(task: Task, graphs: ParameterGraph | Sequence[ParameterGraph]) -> di
     graphs = [graphs] if isinstance(graphs, ParameterGraph) else list(graphs)
     device = next((p.device for p in task.parameters()), torch.device("cpu"))
     moved = [
-        encode(g.space, {name: x.float().to(device) for name, x in g.values.items()})
+        encode(g.space, {name: _row(x, g).float().to(device) for name, x in g.values.items()})
         for g in graphs
     ]
     before = task.training
@@ -113,6 +113,11 @@ def predict(task: Task, graphs: ParameterGraph | Sequence[ParameterGraph]) -> di
             return {name: x.cpu() for name, x in task.columns(task(moved)).items()}
     finally:
         task.train(before)
+
+
+def _row(x: Tensor, graph: ParameterGraph) -> Tensor:
+    """A parameter with a batch axis."""
+    return x if graph.batch else x[None]
 
 
 def predict_zoo(task: Task, zoo: Zoo, *, batch_size: int = 128) -> dict[str, Tensor]:
