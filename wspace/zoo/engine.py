@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import threading
+from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +24,7 @@ from wspace.zoo.recipe import Cohort, Recipe, generator_of
 from wspace.zoo.shard import write_shard
 
 RETRIES = 3
-"""How often in a row workers may die before a cohort is given up."""
+"""How often a process may die of a cohort before that is given up."""
 
 
 def make_cohort(recipe: Recipe, index: int) -> Cohort:
@@ -50,7 +51,7 @@ def commit_cohort(recipe: Recipe, index: int, folder: Path, dtype: str | None) -
 def in_processes(
     recipe: Recipe, folder: Path, todo: list[int], workers: int, dtype: str | None
 ) -> Generator[int]:
-    """Commits cohorts in several processes; those whose worker died are tried again.
+    """Commits cohorts in several processes; those whose worker died are tried again, alone.
 
     Args:
         recipe: What to build.
@@ -65,24 +66,32 @@ def in_processes(
     Raises:
         ZooError: If workers keep dying.
     """
-    left, failures = list(todo), 0
+    left, suspects, deaths = list(todo), list[int](), Counter[int]()
     while left:
-        before = len(left)
+        turn = list(suspects or left)
+        at_once = 1 if suspects else workers
         try:
-            for number in _one_pool(recipe, folder, left, workers, dtype):
+            for number in _one_pool(recipe, folder, turn, at_once, dtype):
                 left.remove(number)
                 yield number
-        except BrokenProcessPool as error:
-            failures = failures + 1 if len(left) == before else 0
-            if failures == RETRIES:
-                listed = ", ".join(map(str, left[:workers]))
-                raise ZooError(
-                    message(
-                        f"zoo: the process that made a cohort died {RETRIES} times",
-                        got=f"one of the cohorts {listed}",
-                        help="out of memory? build with fewer workers, or look at the system's log",
-                    )
-                ) from error
+            suspects = []
+        except BrokenProcessPool as error:  # all of its processes are gone, not only the one
+            if suspects:
+                deaths[next(k for k in turn if k in left)] += 1
+            _give_up(deaths, error)
+            suspects = [k for k in turn if k in left][: len(suspects) or workers + 1]
+
+
+def _give_up(deaths: Counter[int], error: Exception) -> None:
+    for number, count in deaths.items():
+        if count == RETRIES:
+            raise ZooError(
+                message(
+                    f"zoo: cohort {number} cannot be made",
+                    got=f"its process died {count} times, when it was the only one",
+                    help="out of memory? look at the system's log; what is committed stays",
+                )
+            ) from error
 
 
 def _one_pool(
@@ -102,7 +111,7 @@ def _one_pool(
             if not running:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
+            for future in sorted(finished, key=lambda it: it.exception() is not None):
                 yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
