@@ -8,6 +8,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, overload
@@ -45,27 +46,33 @@ class Files:
     mapped: dict[int, dict[str, Tensor]] = field(default_factory=dict[int, dict[str, Tensor]])
     loaded: dict[int, dict[str, Tensor]] = field(default_factory=dict[int, dict[str, Tensor]])
 
-    def kind(self, shard: int) -> int:
-        """Place in `architectures` of the networks of a shard."""
-        return self.digests.index(self.markers[shard].architecture)
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """Place in `architectures` of the networks of every shard."""
+        place = {digest: k for k, digest in enumerate(self.digests)}
+        return np.array([place[m.architecture] for m in self.markers], dtype=np.int64)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Row at which each shard begins among those of its architecture."""
+        rows = np.array([m.rows for m in self.markers], dtype=np.int64)
+        starts = np.zeros_like(rows)
+        for kind in range(len(self.digests)):
+            mine = self.kinds == kind
+            starts[mine] = np.cumsum(rows[mine]) - rows[mine]
+        return starts
 
     def tensors(self, shard: int) -> dict[str, Tensor]:
         """Tensors of a shard, mapped once."""
         if shard not in self.mapped:
-            space = self.spaces[self.kind(shard)]
+            space = self.spaces[self.kinds[shard]]
             self.mapped[shard] = map_tensors(self.folder, self.markers[shard], space)
         return self.mapped[shard]
 
     def load(self, kind: int) -> None:
         """Copies the shards of an architecture into memory, one after another."""
-        mine = [k for k in range(len(self.markers)) if self.kind(k) == kind]
-        parts = [self.tensors(k) for k in mine]
+        parts = [self.tensors(k) for k in np.flatnonzero(self.kinds == kind).tolist()]
         self.loaded[kind] = {name: torch.cat([x[name] for x in parts]) for name in parts[0]}
-
-    def starts(self, kind: int) -> np.ndarray:
-        """Row of the copy at which each shard begins."""
-        rows = [m.rows if self.kind(k) == kind else 0 for k, m in enumerate(self.markers)]
-        return np.cumsum([0, *rows[:-1]])
 
     def __getstate__(self) -> dict[str, Any]:  # another process maps the files itself
         return {**self.__dict__, "mapped": {}, "loaded": {}}
@@ -87,8 +94,7 @@ class Zoo:
         for array in table.values():
             array.flags.writeable = False
         self.table: Mapping[str, np.ndarray] = MappingProxyType(dict(table))
-        kinds = np.array([files.kind(k) for k in range(len(files.markers))], dtype=np.int64)
-        self.kind: np.ndarray = kinds[shard] if len(kinds) else shard
+        self.kind: np.ndarray = files.kinds[shard]
         self.path = files.folder
 
     def __len__(self) -> int:
@@ -422,7 +428,7 @@ class Zoo:
         """States of networks of one architecture, shard by shard and put back in order."""
         kind = int(self.kind[at[0]])
         if kind in self._files.loaded:
-            rows = torch.from_numpy(self._files.starts(kind)[self._shard[at]] + self._row[at])
+            rows = torch.from_numpy(self._files.starts[self._shard[at]] + self._row[at])
             return {
                 name: (x if time is None else x[:, time]).index_select(0, rows).to(dtype)
                 for name, x in self._files.loaded[kind].items()
