@@ -122,6 +122,15 @@ def test_lempel_ziv() -> None:
     assert lempel_ziv([False, True] * 512) == 3 * 10 / 1024
 
 
+def test_signs_are_read_like_a_plough() -> None:
+    row = [0.0, 0, 1, 1, 2, 3, 4, 5]  # the median is 1
+    word = [False, False, False, False, True, True, True, True]
+    turned = [bit for i in range(8) for bit in (word[::-1] if i % 2 else word)]
+    assert lempel_ziv(turned) != lempel_ziv(word * 8)
+    measured = complexity(torch.tensor(row).double().expand(1, 8, 8))["lempel_ziv"]
+    assert float(measured) == lempel_ziv(turned)
+
+
 def test_magnitude_makes_tanh_complex() -> None:
     recipe = Untrained(300, activations=("tanh",), widths=(16,), depths=(2,), grid=16, size=300)
     table = recipe.cohort(0).table
