@@ -272,9 +272,15 @@ def test_small_cnn_zoo_that_does_not_fit(tmp_path: Path, rng: np.random.Generato
     with pytest.raises(ZooError, match=r"(?s)do not fit.*5 rows of .* numbers"):
         only("small_cnn_zoo", tmp_path)
     layout = (tmp_path / "layout.csv").read_text()
-    (tmp_path / "layout.csv").write_text(layout.replace("(4, 7)", "__import__('os')"))
-    with pytest.raises(ZooError, match=r"layout.csv is no layout"):
-        Published("small_cnn_zoo", str(tmp_path), size=2).cohort(0)
+    for wrong in ("__import__('os')", "(4, 8)", "7"):
+        (tmp_path / "layout.csv").write_text(layout.replace("(4, 7)", wrong))
+        with pytest.raises(ZooError, match=r"layout.csv (is no layout|cannot be read)"):
+            Published("small_cnn_zoo", str(tmp_path), size=2).cohort(0)
+    (tmp_path / "layout.csv").write_text(layout)
+    for content in (b"step,modeldir\n1,a\n", b"step,modeldir\n1\n", b""):
+        (tmp_path / "metrics.csv.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(ZooError, match=r"metrics.csv.gz (lacks columns|cannot be read)"):
+            Published("small_cnn_zoo", str(tmp_path), size=3).cohort(0)
 
 
 # --- ModelZooDataset ------------------------------------------------------------------------------

@@ -111,56 +111,50 @@ def groups(root: Path, last: bool) -> list[Group]:
         raise ZooError(nothing_found("small_cnn_zoo", root, ", ".join(path.name for path in paths)))
     slots = _layout(paths[2])
     weights = _weights(paths[0])
-    lines = _csv(paths[1])
-    if weights.ndim != 2 or len(lines) != len(weights) or weights.shape[1] != slots[-1].end:
+    table = _metrics(paths[1])
+    count = len(table["step"])
+    if weights.shape != (count, slots[-1].end):
         raise ZooError(
             message(
                 f"published: the files of {root} do not fit each other",
-                expected=f"{len(lines)} rows of {slots[-1].end} numbers in weights.npy",
+                expected=f"{count} rows of {slots[-1].end} numbers in weights.npy",
                 got=str(weights.shape),
             )
         )
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(x["modeldir"] for x in lines))}
-    rows = range(len(lines))
-    if last:
-        latest = dict[str, int]()
-        for i in rows:
-            best = latest.get(lines[i]["modeldir"])
-            if best is None or float(lines[i]["step"]) >= float(lines[best]["step"]):
-                latest[lines[i]["modeldir"]] = i
-        rows = sorted(latest.values())
+    rows = _latest(table["network"], table["step"]) if last else list(range(count))
     found: list[Group] = []
-    for activation in sorted({lines[i]["config.activation"] for i in rows}):
-        chosen = [i for i in rows if lines[i]["config.activation"] == activation]
-        found.append(_group(paths[0], slots, lines, numbers, chosen))
+    for activation in sorted({table["activation"][i] for i in rows}):
+        chosen = [i for i in rows if table["activation"][i] == activation]
+        found.append(_group(paths[0], slots, table, chosen))
     return found
 
 
-def _group(
-    path: Path,
-    slots: list[_Slot],
-    lines: list[dict[str, str]],
-    numbers: dict[str, int],
-    chosen: list[int],
-) -> Group:
-    line = lines[chosen[0]]
+def _latest(networks: list[int], steps: list[float]) -> list[int]:
+    """Rows with the largest step of every network."""
+    best: dict[int, int] = {}
+    for row, (network, step) in enumerate(zip(networks, steps, strict=True)):
+        if network not in best or step >= steps[best[network]]:
+            best[network] = row
+    return sorted(best.values())
+
+
+def _group(path: Path, slots: list[_Slot], table: dict[str, list[Any]], chosen: list[int]) -> Group:
     kernels = [slot.shape for slot in slots if len(slot.shape) == 4]
     options = {
         "channels": [kernels[0][2], *[shape[3] for shape in kernels]],
         "classes": slots[-1].shape[-1],
         "kernel": kernels[0][0],
-        "activation": line["config.activation"],
+        "activation": table["activation"][chosen[0]],
     }
-    side = SIDES.get(line.get("config.dataset", ""), 28)
+    side = SIDES.get(table["dataset"][chosen[0]], 28) if "dataset" in table else 28
     spec = InputSpec((1, kernels[0][2], side, side))
     architecture = Architecture("datasets_zoo.published.small_cnn:small_cnn", options, (spec,))
 
     def load(rows: range) -> tuple[State, dict[str, Any]]:
         picked = [chosen[i] for i in rows]
         flat = np.array(_weights(path)[picked], dtype=np.float32)
-        table = _columns([lines[i] for i in picked])
-        table["network"] = [numbers[lines[i]["modeldir"]] for i in picked]
-        return finite({slot.name: _tensor(flat, slot) for slot in slots}, table)
+        some = {name: [values[i] for i in picked] for name, values in table.items()}
+        return finite({slot.name: _tensor(flat, slot) for slot in slots}, some)
 
     return Group(architecture, len(chosen), load)
 
@@ -180,18 +174,33 @@ def _weights(path: Path) -> NDArray[Any]:
         raise ZooError(message(f"published: {path} cannot be read", got=str(error))) from error
 
 
-def _csv(path: Path) -> list[dict[str, str]]:
+def _csv(path: Path) -> dict[str, list[str]]:
+    """Columns of text; equal texts are one object, for a zoo has millions."""
+    known: dict[str, str] = {}
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as text:
-            lines = [dict(line) for line in csv.DictReader(cast(Any, text))]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            lines = csv.reader(cast(Any, text))
+            names = next(lines, [])
+            columns = [list[str]() for _ in names]
+            for line in lines:
+                for values, value in zip(columns, line, strict=True):
+                    values.append(known.setdefault(value, value))
+    except (OSError, EOFError, ValueError, csv.Error) as error:
         raise ZooError(message(f"published: {path} cannot be read", got=str(error))) from error
-    needed = {"metrics.csv.gz": ("modeldir", "step", "config.activation")}.get(path.name, ())
-    if not lines or any(name not in lines[0] or None in lines[0].values() for name in needed):
+    return dict(zip(names, columns, strict=True))
+
+
+def _metrics(path: Path) -> dict[str, list[Any]]:
+    """Columns of the metrics, as numbers where every value of them is one, and ``network``."""
+    raw = _csv(path)
+    needed = {"modeldir", "step", "config.activation"}
+    if not needed <= raw.keys() or not raw["step"]:
         raise ZooError(
-            message(f"published: {path} lacks columns", expected=", ".join(needed) or "lines")
+            message(f"published: {path} lacks columns", expected=", ".join(sorted(needed)))
         )
-    return lines
+    table = {name.removeprefix("config."): _numbers(values) for name, values in raw.items() if name}
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(raw["modeldir"]))}
+    return table | {"network": [numbers[name] for name in raw["modeldir"]]}
 
 
 def _layout(path: Path) -> list[_Slot]:
@@ -199,7 +208,9 @@ def _layout(path: Path) -> list[_Slot]:
     slots: list[_Slot] = []
     seen = {"weight": 0, "bias": 0}
     try:
-        lines = sorted(_csv(path), key=lambda line: int(line["start_idx"]))
+        columns = _csv(path)
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        lines = sorted(rows, key=lambda line: int(line["start_idx"]))
         layers = len(lines) // 2
         for line in lines:
             kind = {"kernel:0": "weight", "bias:0": "bias"}[line["varname"].rpartition("/")[2]]
@@ -220,15 +231,6 @@ def _layout(path: Path) -> list[_Slot]:
             )
         ) from error
     return slots
-
-
-def _columns(lines: list[dict[str, str]]) -> dict[str, list[Any]]:
-    """Columns of text as numbers where every value of them is one."""
-    table: dict[str, list[Any]] = {}
-    for name in lines[0]:
-        values = [line[name] for line in lines]
-        table[name.removeprefix("config.")] = _numbers(values)
-    return table
 
 
 def _numbers(values: list[str]) -> list[Any]:
