@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import zoo_recipes
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zoo_recipes import NORMED, Given, Toy, mlp, random_state
@@ -242,6 +244,14 @@ def test_tables_are_exact() -> None:
     assert from_csv(to_csv({}, 3), {}, 3) == {}
 
 
+@hypothesis.given(
+    st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1)
+)
+def test_any_text_is_exact(texts: list[str]) -> None:
+    table = {"x": column(texts, "x")}
+    assert from_csv(to_csv(table, len(texts)), {"x": "str"}, len(texts))["x"].tolist() == texts
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [
@@ -440,6 +450,30 @@ def test_changed_bytes_are_found_by_checksums(copy: Path) -> None:
     zoo.open(copy)
     with pytest.raises(ZooError, match=r"0\.safetensors"):
         zoo.open(copy, checksums=True)
+
+
+def test_flipped_bytes_are_zoo_errors(copy: Path, generator: torch.Generator) -> None:
+    """Whatever a file holds, opening says which one is wrong, or gives what was made."""
+    whole = zoo.open(copy)
+    truth = [whole[i][1] for i in range(22)]
+    found = 0
+    files = [f for f in sorted(copy.rglob("*")) if f.is_file()]
+    for file in files:
+        data = file.read_bytes()
+        for at in torch.randint(len(data), (FLIPS,), generator=generator).tolist():
+            bad = bytearray(data)
+            bad[at] ^= 1 << at % 8
+            file.write_bytes(bad)
+            try:
+                opened = zoo.open(copy, checksums=True)
+                assert all(equal(opened[i][1], truth[i]) for i in (0, 9, 21))
+            except ZooError:
+                found += 1
+        file.write_bytes(data)
+    assert found > FLIPS * len(files) // 2
+
+
+FLIPS = 6
 
 
 def test_header_and_architectures(copy: Path) -> None:

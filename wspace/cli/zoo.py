@@ -42,7 +42,7 @@ def zoo_options(it: argparse.ArgumentParser) -> None:
         default=[],
         help="options of the recipe",
     )
-    sub.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
+    sub.add_argument("--workers", type=int, help="processes (1; with ray, all it has); 0 for all")
     sub.add_argument("--engine", choices=("local", "ray"), default="local", help="%(default)s")
     sub.add_argument("--dtype", choices=("float16", "bfloat16"), help="store floats so")
     sub = command("info", _info, "show the card of a zoo")
@@ -65,6 +65,7 @@ def zoo_options(it: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace, out: Console) -> int:
+    workers = int(args.engine == "local") if args.workers is None else args.workers
     with _importable_here():
         recipe = zoo.recipe_from(args.recipe, _pairs(args.set))
         columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -76,7 +77,7 @@ def _build(args: argparse.Namespace, out: Console) -> int:
                 recipe,
                 args.path,
                 engine=args.engine,
-                workers=args.workers,
+                workers=workers,
                 dtype=args.dtype,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )

@@ -49,7 +49,8 @@ def build(
         recipe: What to build; or a name, as `recipe_from` takes it.
         path: Folder of the zoo; made if it is not there.
         engine: ``"local"``, or ``"ray"`` for a cluster (extra ``ray``).
-        workers: Processes; 1 is this one. With ray, cohorts at a time; 0 for as many as fit.
+        workers: Processes; 1 is this one. With ray, cohorts at a time. 0 for as many as there are
+            processors.
         dtype: ``"float16"`` or ``"bfloat16"`` to store floats so.
         progress: Called with the numbers of cohorts committed and in all.
 
@@ -177,6 +178,7 @@ def _made(
     """Numbers of cohorts as they are committed."""
     if engine == "ray":
         return run_on_ray(recipe, folder, todo, workers, dtype)
+    workers = workers or os.cpu_count() or 1
     if workers > 1 and len(todo) > 1:
         return in_processes(recipe, folder, todo, workers, dtype)
     return (commit_cohort(recipe, k, folder, dtype) for k in todo)
