@@ -16,7 +16,7 @@ from datasets_zoo import download
 from datasets_zoo import images as module
 from datasets_zoo import text as text_module
 from datasets_zoo.download import Remote, fetch
-from datasets_zoo.images import REMOTES, images
+from datasets_zoo.images import REMOTES, images, standardised
 from datasets_zoo.text import Tokenizer, text
 from wspace.errors import ZooError
 
@@ -226,6 +226,21 @@ def test_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mnist.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(ZooError, match=r"mnist.npz cannot be read"):
         images("mnist")
+
+
+def test_standardised(tmp_path: Path) -> None:
+    parts = ("train_x", "test_x", "train_y", "test_y")
+    arrays = [random_bytes(9, 4, 5, 3), random_bytes(2, 4, 5, 3), random_bytes(9), random_bytes(2)]
+    arrays[0][..., 2] = 7  # a channel that is constant
+    np.savez(tmp_path / "cifar10.npz", **dict(zip(parts, arrays, strict=True)))
+    data = standardised("cifar10", tmp_path)
+    assert data.train_x.shape == (9, 3, 4, 5) and data.test_x.shape == (2, 3, 4, 5)
+    deviation, mean = torch.std_mean(data.train_x, (0, 2, 3))
+    assert torch.allclose(mean, torch.zeros(3), atol=1e-5)
+    assert torch.allclose(deviation, torch.tensor([1.0, 1.0, 0.0]))
+    raw = arrays[0].astype(float)
+    expected = (arrays[1][1, 3, 0, 1] - raw[..., 1].mean()) / raw[..., 1].std(ddof=1)
+    assert float(data.test_x[1, 1, 3, 0]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("unpacked", [True, False])
