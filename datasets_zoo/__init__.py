@@ -7,5 +7,9 @@ never imports it, and finds its recipes by the names in `RECIPES`.
 RECIPES = {
     "image_inrs": "datasets_zoo.inr:ImageINRs",
     "image_classifiers": "datasets_zoo.classifiers:ImageClassifiers",
+    "language_models": "datasets_zoo.language:LanguageModels",
+    "trajectories": "datasets_zoo.trajectories:Trajectories",
+    "untrained": "datasets_zoo.untrained:Untrained",
+    "published": "datasets_zoo.published.recipe:Published",
 }
 """Short names of recipes: ``wspace zoo build image_inrs …``."""
