@@ -216,6 +216,7 @@ def test_words_for_lightning() -> None:
 # --- configurations ---------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 with jsonargparse 4.53
 @pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
 def test_configurations(file: Path, zoo_of_images: Path) -> None:
     """Every file is accepted, and its metanet can be made."""
