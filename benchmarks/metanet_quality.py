@@ -11,6 +11,7 @@ To add a metanet, add a line to `METANETS`.
 
 import argparse
 import json
+import logging
 import sys
 import time
 import warnings
@@ -78,6 +79,7 @@ def data_of(options: argparse.Namespace, limit: int | None) -> ZooDataModule:
         options.zoo,
         batch_size=options.batch,
         by=options.by,
+        fractions=tuple(options.fractions) if options.fractions else None,
         held_out=dict([options.held_out]) if options.held_out else None,
         limit=limit,
         augment=augment,
@@ -181,6 +183,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=200, help="at most (%(default)s)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--by", help="column that no split divides")
+    parser.add_argument("--fractions", nargs=3, type=float, help="train, val, test")
     parser.add_argument("--split", default="default", help="name of the split")
     parser.add_argument("--held-out", type=pair, help="column=value of the test networks")
     parser.add_argument("--where", nargs="*", type=pair, default=[], help="column=value kept")
@@ -197,6 +200,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     options = parsed()
     warnings.simplefilter("ignore")
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     print(f"# {(__doc__ or '').splitlines()[0]}\n\n{machine()}", flush=True)
     if not options.show:

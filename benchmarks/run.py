@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SCRIPTS = (
     *("trace_speed", "trace_scale", "act_speed", "which_models"),
-    *("layer_speed", "metanet_speed", "accuracy_prediction"),
+    *("layer_speed", "metanet_speed", "zoo_speed", "training_speed"),
 )
 
 

@@ -5,6 +5,7 @@ the global random generators seeded from both (and restored afterwards), so that
 nor the number of workers nor an interruption can be seen in the files.
 """
 
+import ctypes
 import multiprocessing
 import os
 import random
@@ -22,6 +23,9 @@ import torch
 from wspace.errors import WSpaceError, ZooError, message
 from wspace.zoo.recipe import Cohort, Recipe, generator_of
 from wspace.zoo.shard import write_shard
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Options of glibc's ``mallopt``."""
 
 RETRIES = 3
 """How often a process may die of a cohort before that is given up."""
@@ -118,8 +122,9 @@ def _one_pool(
 
 
 def _start_worker() -> None:
-    """One thread; and an end when the builder ends, however it does."""
+    """One thread, memory that is kept, and an end when the builder ends, however it does."""
     torch.set_num_threads(1)
+    _keep_memory()
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -128,6 +133,20 @@ def _start_worker() -> None:
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """Freed memory stays with the process, where the C library is glibc.
+
+    Every training step asks for the same buffers. Given back to the system and asked for again,
+    they are fresh pages, and making those takes about as long as the arithmetic of small networks.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    for option in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+        mallopt(option, 1 << 30)
 
 
 @contextmanager
