@@ -35,6 +35,7 @@ from wspace.lit import (
     predict_zoo,
 )
 from wspace.lit.checkpoint import resume_file
+from wspace.lit.contrastive import nt_xent, ridge
 from wspace.lit.images import decoded, dilated, grid
 from wspace.lit.metrics import (
     Paired,
@@ -46,7 +47,7 @@ from wspace.lit.metrics import (
     rmse,
 )
 from wspace.lit.models import NAMES, Fitted
-from wspace.lit.modules import classes_of, nt_xent, ridge
+from wspace.lit.modules import classes_of
 from wspace.lit.predict import in_order, space_for
 from wspace.lit.task import Seen
 from wspace.zoo import Architecture, Cohort, InputSpec, build

@@ -15,11 +15,11 @@ from wspace.lit.augment import Symmetry as Symmetry
 from wspace.lit.checkpoint import Checkpoints as Checkpoints
 from wspace.lit.checkpoint import SafeCheckpoints as SafeCheckpoints
 from wspace.lit.checkpoint import is_task as is_task
+from wspace.lit.contrastive import Contrastive as Contrastive
 from wspace.lit.data import SpaceBatches as SpaceBatches
 from wspace.lit.data import ZooDataModule as ZooDataModule
 from wspace.lit.models import build_metanet as build_metanet
 from wspace.lit.modules import Classification as Classification
-from wspace.lit.modules import Contrastive as Contrastive
 from wspace.lit.modules import Editing as Editing
 from wspace.lit.modules import Prediction as Prediction
 from wspace.lit.predict import load_task as load_task

@@ -27,8 +27,7 @@ from torch import Tensor
 from wspace.errors import WSpaceError, message
 from wspace.lit.checkpoint import Checkpoints, SafeCheckpoints
 from wspace.lit.data import ZooDataModule
-from wspace.lit.modules import TASKS
-from wspace.lit.predict import in_order
+from wspace.lit.predict import TASKS, in_order
 from wspace.lit.task import Task
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -224,6 +223,3 @@ def _own(error: BaseException | None) -> WSpaceError | None:
             return WSpaceError(message("fit: Lightning cannot run this", got=str(error)))
         error = error.__cause__ or error.__context__
     return None
-
-
-__all__ = ["COMMANDS", "DEFAULTS", "TASKS", "TrainingCLI", "run", "write_csv"]

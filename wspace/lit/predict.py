@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from wspace.errors import CheckpointError, SpaceMismatch, WSpaceError, ZooError, message
 from wspace.graph import ParameterGraph, encode
 from wspace.lit.checkpoint import read
+from wspace.lit.contrastive import Contrastive
 from wspace.lit.data import SpaceBatches
-from wspace.lit.modules import TASKS
+from wspace.lit.modules import Classification, Editing, Prediction
 from wspace.lit.task import Optimization, Seen, Task
 from wspace.space import WeightSpace
 from wspace.zoo import Zoo
+
+TASKS: dict[str, type[Task]] = {
+    c.__name__: c for c in (Classification, Prediction, Editing, Contrastive)
+}
+"""Tasks by name, as checkpoints call them."""
 
 
 def load_task(
