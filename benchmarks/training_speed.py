@@ -155,7 +155,7 @@ def on_all_cores(kind: str, rounds: int) -> dict[str, float]:
 def main() -> None:
     options = start(__doc__ or "", rounds=5)
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    for kind in LOOPS:
+    for kind, loops in LOOPS.items():
         figures[kind] = {
             "one thread": on_one_thread(kind, options.rounds),
             "machine": on_all_cores(kind, options.rounds),
@@ -173,7 +173,7 @@ def main() -> None:
         for name in figures[kind]["one thread"]:
             row = [name]
             for where in figures[kind].values():
-                ratios = [f"{where[other] / where[name]:.2f}" for other in LOOPS[kind]]
+                ratios = [f"{where[other] / where[name]:.2f}" for other in loops]
                 row += [f"{where[name]:.3f}", *ratios]
             rows.append(row)
         print(f"\n### {kind}: per network and step; × faster than a loop\n")
