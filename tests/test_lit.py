@@ -204,6 +204,19 @@ def test_parts(zoos: dict[str, Path]) -> None:
     assert len(batch.graphs) == 1 and len(batch) == batch.graphs[0].batch[0]
 
 
+def test_loader_processes_give_the_same_batches(zoos: dict[str, Path]) -> None:
+    def batches(workers: int) -> list[Any]:
+        data = ZooDataModule(zoos["two"], batch_size=16, mixed=True, workers=workers)
+        data.setup("fit")
+        return [carried.batch for carried in data.train_dataloader()]
+
+    for a, b in zip(batches(0), batches(1), strict=True):
+        assert torch.equal(a.index, b.index)
+        for g, h in zip(a.graphs, b.graphs, strict=True):
+            assert g.space == h.space
+            assert all(torch.equal(x, h.values[k]) for k, x in g.values.items())
+
+
 def test_wrong_parts(zoos: dict[str, Path]) -> None:
     with pytest.raises(ZooError, match="no networks for val"):
         ZooDataModule(zoos["one"], fractions=(0.9, 0.0, 0.1), split_name="no").setup("fit")

@@ -9,13 +9,14 @@ and the epoch, augmentations also on the rows of the batch.
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from wspace.errors import ZooError, message
 from wspace.graph import ParameterGraph
@@ -121,15 +122,34 @@ class Carried:
         return type(self)(self.batch.pin_memory())
 
 
-class _Rows(Dataset[Carried]):
-    """Batches of a zoo by their rows."""
+class _Rows(Dataset[Any]):
+    """Batches of a zoo by their rows; in a loader process, as what can be sent."""
 
     def __init__(self, zoo: Zoo, time: int | None) -> None:
         self.zoo, self.time = zoo, time
 
-    def __getitem__(self, rows: Sequence[int]) -> Carried:
-        time = None if self.zoo.steps is None else self.time
-        return Carried(self.zoo.batch(rows, time=time))
+    def __getitem__(self, rows: Sequence[int]) -> Any:
+        batch = self.batch(rows)
+        if get_worker_info() is None:
+            return Carried(batch)
+        spaces = self.zoo.spaces
+        parts = [(spaces.index(g.space), dict(g.values), dict(g.rest)) for g in batch.graphs]
+        return parts, batch.table, batch.index
+
+    def batch(self, rows: Sequence[int]) -> ZooBatch:
+        """Networks and their table."""
+        return self.zoo.batch(rows, time=None if self.zoo.steps is None else self.time)
+
+    def received(self, sent: Any) -> Carried:
+        """The batch that a loader process sent."""
+        if isinstance(sent, Carried):
+            return sent
+        parts, table, index = sent
+        graphs = [
+            ParameterGraph(self.zoo.spaces[k], MappingProxyType(values), MappingProxyType(rest))
+            for k, values, rest in parts
+        ]
+        return Carried(ZooBatch(graphs, table, index))
 
     def __len__(self) -> int:
         return len(self.zoo)
@@ -145,10 +165,10 @@ class _Loader(DataLoader[Carried]):
         """Batches, beginning where the loaded state ended; nothing is read before the first."""
         first, self.start = self.start, 0
         self.taken = first
-        whole = super().__iter__() if not first else None
-        for batch in whole if whole is not None else self._from(first):
+        rows = cast(_Rows, self.dataset)
+        for batch in self._from(first) if first else super().__iter__():
             self.taken += 1
-            yield batch
+            yield rows.received(batch)
 
     def _from(self, first: int) -> Iterator[Carried]:
         dataset = cast(Any, self.dataset)
@@ -358,7 +378,7 @@ class ZooDataModule(LightningDataModule):
         """Some networks of a part with their table, chosen as in `networks`."""
         zoo = self.parts[part]
         rows = torch.randperm(len(zoo), generator=generator_of(seed, 2))[:count].sort().values
-        return _Rows(zoo, self.time)[rows.tolist()].batch
+        return _Rows(zoo, self.time).batch(rows.tolist())
 
 
 def column(zoo: Zoo, name: str, what: str) -> np.ndarray:
