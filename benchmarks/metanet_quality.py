@@ -115,6 +115,9 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
     """Trains and tests one metanet; its figures."""
     torch.manual_seed(seed)
     data, pilot = data_of(options, limit), 4
+    data.setup("fit")
+    if options.tested:
+        data.parts["test"] = data.parts["test"].where(**dict(options.tested))
     trainer_of(1, [], 10**6).fit(
         task_of(options.kind, name), datamodule=data
     )  # traces, first calls
@@ -171,7 +174,7 @@ def show(file: Path) -> None:
 def parsed() -> argparse.Namespace:
     def pair(text: str) -> tuple[str, Any]:
         key, _, value = text.partition("=")
-        return key, value
+        return key, int(value) if value.isdigit() else value
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kind", choices=("inr", "accuracy"))
@@ -187,6 +190,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--split", default="default", help="name of the split")
     parser.add_argument("--held-out", type=pair, help="column=value of the test networks")
     parser.add_argument("--where", nargs="*", type=pair, default=[], help="column=value kept")
+    parser.add_argument("--tested", nargs="*", type=pair, help="column=value of test networks used")
     parser.add_argument("--augment", nargs="*", help="symmetries to augment by")
     parser.add_argument("--out", type=Path, default=Path("metanet_quality.jsonl"))
     parser.add_argument("--show", action="store_true", help="print the tables only")
