@@ -17,6 +17,10 @@ from wspace.io import Checkpoint
 PICTURES = (".png", ".svg", ".pdf", ".html")
 
 
+NOTE = 160
+"""Characters of an entry of a file's metadata that are shown."""
+
+
 def inspect(args: argparse.Namespace, out: Console) -> int:
     """Shows what `args.ref` names, and writes the picture and the JSON that were asked for."""
     subject = open_subject(
@@ -147,7 +151,11 @@ def _files(weights: Checkpoint | None) -> list[tuple[str, str | Text]]:
         return []
     layout = weights.layout
     notes = {k: v for data in layout.metadata.values() for k, v in data.items()}
-    plain = [f"{k}: {v}" for k, v in notes.items() if isinstance(v, str)]
+    plain = [
+        f"{k}: {v if len(v) <= NOTE else v[:NOTE] + ' …'}"
+        for k, v in notes.items()
+        if isinstance(v, str)
+    ]
     number = len(set(layout.shards.values())) or 1
     return [
         ("files", f"{layout.kind}, {screen.plural(number, 'file')}"),
