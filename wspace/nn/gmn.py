@@ -7,10 +7,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wspace.graph.structure import Structure
+from wspace.nn.edge_kernel import Ahead, Edges, Ends, Inner, ResidualKernel
 from wspace.nn.layout import forms_of
 from wspace.nn.message import Step
 from wspace.nn.metanet import Metanet, Part
 from wspace.nn.pool import pooled
+
+
+class GMNEdges(ResidualKernel):
+    """The edges of `GMNLayer`."""
+
+    names = ("edge_in.weight", "edge_out.weight", "edge_out.bias")
+
+    def inner(self, e: Edges, ends: Ends) -> Inner:
+        """What the hidden layer bends."""
+        return (self.before(e, *ends),)
+
+    def outer(
+        self, e: Edges, inner: Inner, ends: Ends, out: Tensor | None, *, send: bool
+    ) -> list[Tensor]:
+        """The next state and sums of the hidden layer."""
+        hidden = self.hidden(*inner)
+        if out is not None:
+            self.update(e, hidden, out)
+        return [hidden.sum(3), hidden.sum(2)] if send else []
+
+    def gradient(
+        self, e: Edges, inner: Inner, ends: Ends, ahead: Ahead, sent: list[Tensor] | None
+    ) -> Ends:
+        """Of both ends' terms."""
+        grad = None
+        if sent is not None:
+            grad = self.room("grad", e.shape, inner[0])
+            torch.add(sent[0].unsqueeze(3), sent[1].unsqueeze(2), out=grad)
+        return self.update_back(e, inner[0], ahead[1], grad)
 
 
 class GMNLayer(nn.Module):
@@ -30,10 +60,11 @@ class GMNLayer(nn.Module):
     """
 
     reductions = (("sum",), ("sum",))
+    kernel = GMNEdges
 
     def __init__(self, channels: int, *, part: Part = "all") -> None:
         super().__init__()
-        c = channels
+        c, self.part = channels, part
         self.norm = nn.LayerNorm(c)
         self.source, self.target = nn.Linear(c, c), nn.Linear(c, c)
         self.shared = nn.Linear(c, c, bias=False)
