@@ -19,7 +19,6 @@ KEEP = 64
 Inner = tuple[Tensor, ...]
 Ends = tuple[Tensor, Tensor]
 Weights = Sequence[Tensor | None]
-Ahead = tuple[Tensor | None, Tensor | None]
 
 
 class Room:
@@ -61,6 +60,10 @@ class Dense:
     def __init__(self, value: Tensor) -> None:
         self.value, self.shape = value, value.shape
         self.grad: Tensor | None = None
+
+    def map(self, weight: Tensor, out: Tensor) -> None:
+        """``out = W e``."""
+        torch.mm(rows(self.value), weight.mT, out=rows(out))
 
     def add_map(self, weight: Tensor, out: Tensor) -> None:
         """``out += W e``, on rows."""
@@ -115,14 +118,21 @@ class Affine:
         """The states, multiplied out."""
         if self._value is None:
             self._value = self.room("first", self.shape, self.code)
-            out = rows(self._value)
-            if self.raw is None or self.matrix is None:
-                out.copy_(self.code.expand_as(out))
-            elif self.raw.shape[1] == 1:
-                torch.addcmul(self.code, self.raw, self.matrix[0], out=out)
-            else:
-                torch.addmm(self.code, self.raw, self.matrix, out=out)
+            self._write(rows(self._value), self.matrix, self.code)
         return self._value
+
+    def _write(self, out: Tensor, matrix: Tensor | None, code: Tensor) -> None:
+        if self.raw is None or matrix is None:
+            out.copy_(code.expand_as(out))
+        elif len(matrix) == 1:
+            torch.addcmul(code, self.raw, matrix[0], out=out)
+        else:
+            torch.addmm(code, self.raw, matrix, out=out)
+
+    def map(self, weight: Tensor, out: Tensor) -> None:
+        """``out = W e``."""
+        matrix = None if self.matrix is None else self.matrix @ weight.mT
+        self._write(rows(out), matrix, weight @ self.code)
 
     def add_map(self, weight: Tensor, out: Tensor) -> None:
         """``out += W e``, on rows."""
@@ -171,7 +181,7 @@ Edges = Dense | Affine
 class EdgeKernel:
     """What one layer does to one chunk of edges after another, and the gradient of it.
 
-    A subclass defines `inner`, `outer` and `gradient`; all shapes are those of
+    A subclass defines `forward`, `again` and `gradient`; all shapes are those of
     `wspace.nn.message.MessageLayer`. Weights are those that `names` lists, in the type that the
     edges are computed in; their gradients are added up in `grads`.
 
@@ -204,7 +214,7 @@ class EdgeKernel:
         return found
 
     def keep(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory for a part of `inner`: fresh if it is kept for the backward pass."""
+        """Memory for what `gradient` needs: fresh if it is kept until then."""
         return like.new_empty(shape) if self._keep else self.room(name, shape, like)
 
     def collect(self, i: int, grad: Tensor, x: Tensor) -> None:
@@ -215,26 +225,30 @@ class EdgeKernel:
         """Adds to the gradient of weight `i`, a vector that is added to every edge."""
         self.total(i).add_(rows(grad).sum(0))
 
-    def inner(self, e: Edges, ends: Ends) -> Inner:
-        """What `outer` and `gradient` are made of, in memory that `keep` gives."""
+    def forward(
+        self, e: Edges, ends: Ends, out: Tensor | None, *, send: bool
+    ) -> tuple[Inner, list[Tensor]]:
+        """Writes the next state to `out`, if it is wanted; reduces messages, if sent.
+
+        Returns:
+            What `gradient` is made of, in memory that `keep` gives, and the messages.
+        """
         raise NotImplementedError
 
-    def outer(
-        self, e: Edges, inner: Inner, ends: Ends, out: Tensor | None, *, send: bool
-    ) -> list[Tensor]:
-        """Writes the next state to `out`, if it is wanted; returns reduced messages, if sent."""
+    def again(self, e: Edges, ends: Ends, new: Tensor | None) -> Inner:
+        """The first of what `forward` returns, made once more; `new` is the next state, if kept."""
         raise NotImplementedError
 
     def gradient(
-        self, e: Edges, inner: Inner, ends: Ends, ahead: Ahead, sent: list[Tensor] | None
+        self, e: Edges, inner: Inner, ends: Ends, ahead: Tensor | None, sent: list[Tensor] | None
     ) -> Ends:
         """Gradients of the terms of both ends; those of edges and weights are added.
 
         Args:
             e: The edges.
-            inner: What `inner` returned.
+            inner: What `forward` or `again` returned.
             ends: Terms of the source and of the target.
-            ahead: The next state and its gradient, not to be changed; None for what is not at hand.
+            ahead: Gradient of the next state, not to be changed; None if there is none.
             sent: Gradients of the messages; None if none was sent.
 
         Returns:

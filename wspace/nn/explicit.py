@@ -211,9 +211,8 @@ class _Work:
         """The edges before every layer, and what the layers but the last compute of them."""
         states, inners = [e], []
         for kernel, own in zip(self.kernels[:-1], ends, strict=False):
-            inners.append(kernel.inner(e, own))
             out = kernel.room("next", e.shape, own[0])
-            kernel.outer(e, inners[-1], own, out, send=False)
+            inners.append(kernel.forward(e, own, out, send=False)[0])
             e = Dense(out)
             states.append(e)
         return states, inners
@@ -225,9 +224,8 @@ class _Work:
         last = self.kernels[-1]
         for i, (piece, given, ends) in enumerate(self.parts.chunks()):
             e = self.through(self.edges(i, piece, given), ends)[0][-1]
-            inner = last.inner(e, ends[-1])
             new = ends[-1][0].new_empty(piece.shape) if self.plan.emit else None
-            sent = last.outer(e, inner, ends[-1], new, send=True)
+            inner, sent = last.forward(e, ends[-1], new, send=True)
             made += sent if new is None else [new, *sent]
             kept += inner if self.plan.keep else ()
         return made, kept
@@ -247,13 +245,13 @@ class _Work:
                 continue
             states, inners = self.through(self.edges(i, piece, given), ends)
             stored = tuple(kept[i * width : (i + 1) * width])
-            inners.append(stored or last.inner(states[-1], ends[-1]))
             new = made[i] if self.plan.emit else None
+            inners.append(stored or last.again(states[-1], ends[-1], new))
             back: list[Tensor | None] = []
             for j in reversed(range(len(states))):
-                own = self.kernels[j].gradient(states[j], inners[j], ends[j], (new, ahead), sent)
+                own = self.kernels[j].gradient(states[j], inners[j], ends[j], ahead, sent)
                 back = [*own, *back]
-                ahead, new, sent = states[j].grad, states[j].value, None
+                ahead, sent = states[j].grad, None
             out += [None if ahead is None or given is None else ahead.view_as(given), *back]
         for kernel in self.kernels:
             kernel.finish()

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wspace.nn.edge_kernel import (
-    Ahead,
     Edges,
     Ends,
     Inner,
@@ -28,29 +28,43 @@ CAP = 10.0
 _UPDATE = ("edge.inner.weight", "edge.outer.weight", "edge.outer.bias")
 
 
-class PNAEdges(ResidualKernel):
+class _Updated(ResidualKernel):
+    """Edges that are updated first, with the first C of the terms of both ends, then read."""
+
+    def again(
+        self, e: Edges, ends: Ends, new: Tensor | None, out: Tensor | None = None
+    ) -> Inner:
+        """What the update bends, and the next state."""
+        c = e.shape[-1]
+        before = self.before(e, ends[0][..., :c], ends[1][..., :c])
+        if new is None:
+            new = self.keep("next", e.shape, before) if out is None else out
+            self.update(e, self.hidden(before), new)
+        return before, new
+
+    def only_update_back(self, e: Edges, inner: Inner, ends: Ends, ahead: Tensor) -> Ends:
+        """Gradients if no messages were sent."""
+        own = self.update_back(e, inner[0], ahead, None)
+        first, last = (F.pad(x, (0, y.shape[-1] - x.shape[-1])) for x, y in zip(own, ends, strict=True))
+        return first, last
+
+
+class PNAEdges(_Updated):
     """The edges of `PNALayer`."""
 
     names = (*_UPDATE, "film.weight", "film.bias", "pair.weight", "pair.bias")
 
-    def inner(self, e: Edges, ends: Ends) -> Inner:
-        """What the hidden layer of the update bends."""
-        c = e.shape[-1]
-        return (self.before(e, ends[0][..., :c], ends[1][..., :c]),)
-
-    def outer(
-        self, e: Edges, inner: Inner, ends: Ends, out: Tensor | None, *, send: bool
-    ) -> list[Tensor]:
+    def forward(
+        self, e: Edges, ends: Ends, out: Tensor | None, *, send: bool
+    ) -> tuple[Inner, list[Tensor]]:
         """The next state; sums, sums of squares, maxima and minima of messages, both ways."""
-        new = self.room("next", e.shape, ends[0]) if out is None else out
-        self.update(e, self.hidden(*inner), new)
+        before, new = self.again(e, ends, None, out)
         if not send:
-            return []
+            return (before, new), []
         m = self._message(new, ends)
         squares = torch.mul(m, m, out=self.room("square", m.shape, m))
-        return [
-            x for d in (3, 2) for x in (m.sum(d), squares.sum(d), m.amax(d), m.amin(d))
-        ]
+        sums = [[m.sum(d), squares.sum(d), m.amax(d), m.amin(d)] for d in (3, 2)]
+        return (before, new), [*sums[0], *sums[1]]
 
     def _message(self, new: Tensor, ends: Ends) -> Tensor:
         """Messages; leaves ``film``, ``pair`` and what the latter is made of in buffers."""
@@ -65,23 +79,21 @@ class PNAEdges(ResidualKernel):
         return torch.addcmul(film[..., c:], film[..., :c], pair, out=out)
 
     def gradient(
-        self, e: Edges, inner: Inner, ends: Ends, ahead: Ahead, sent: list[Tensor] | None
+        self, e: Edges, inner: Inner, ends: Ends, ahead: Tensor | None, sent: list[Tensor] | None
     ) -> Ends:
         """Of both ends' terms."""
         if sent is None:
-            own = self.update_back(e, inner[0], ahead[1], None)
-            return _padded(own[0], ends[0]), _padded(own[1], ends[1])
-        new, grad_new = ahead
-        if new is None:
-            new = self.update(e, self.hidden(*inner), self.room("next", e.shape, ends[0]))
+            assert ahead is not None
+            return self.only_update_back(e, inner, ends, ahead)
+        new = inner[1]
         grad = self._of_messages(self._message(new, ends), sent)
         begin, end = self._message_back(grad, new)
         more = self.room("ahead", new.shape, new)
         film = rows(self.room("film back", (*new.shape[:-1], 2 * new.shape[-1]), new))
-        if grad_new is None:
+        if ahead is None:
             torch.mm(film, self.weight(3), out=rows(more))
         else:
-            torch.addmm(rows(grad_new), film, self.weight(3), out=rows(more))
+            torch.addmm(rows(ahead), film, self.weight(3), out=rows(more))
         first, last = self.update_back(e, inner[0], more, None)
         return torch.cat([first, begin], -1), torch.cat([last, end], -1)
 
@@ -113,12 +125,7 @@ class PNAEdges(ResidualKernel):
         return to_ends(bent_back(pair, self.room("sums", shape, new)))
 
 
-def _padded(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` and zeros up to the width of `like`."""
-    return torch.nn.functional.pad(x, (0, like.shape[-1] - x.shape[-1]))
-
-
-class RelationalEdges(ResidualKernel):
+class RelationalEdges(_Updated):
     """The edges of `RelationalLayer`."""
 
     names = (
@@ -146,39 +153,44 @@ class RelationalEdges(ResidualKernel):
         self.total(5).addr_(self.bias_grad, self.weight(4).to(self.bias_grad.dtype))
         self.total(6).add_(self.bias_grad)
 
-    def inner(self, e: Edges, ends: Ends) -> Inner:
-        """What the hidden layer of the update bends."""
-        c = e.shape[-1]
-        return (self.before(e, ends[0][..., :c], ends[1][..., :c]),)
-
-    def outer(
-        self, e: Edges, inner: Inner, ends: Ends, out: Tensor | None, *, send: bool
-    ) -> list[Tensor]:
+    def forward(
+        self, e: Edges, ends: Ends, out: Tensor | None, *, send: bool
+    ) -> tuple[Inner, list[Tensor]]:
         """The next state; weighted sums of values and sums of weights, both ways."""
-        new = self.room("next", e.shape, ends[0]) if out is None else out
-        self.update(e, self.hidden(*inner), new)
+        before, new = super().again(e, ends, None, out)
         if not send:
-            return []
-        related = self._relate(new)[0]
+            return (before, new), []
+        related = self._relate(new)
         made: list[Tensor] = []
         for dim in (3, 2):
             look = self._look(related, ends, dim)
             self._widened(look.weight, look.query)
             made += [look.values.mul_(look.query).sum(dim), look.weight.sum(dim)]
+        return (before, new, *related), made
+
+    def again(
+        self, e: Edges, ends: Ends, new: Tensor | None, out: Tensor | None = None
+    ) -> Inner:
+        """What the update bends, the next state, and what `_relate` makes of it."""
+        before, new = super().again(e, ends, new, out)
+        return before, new, *self._relate(new)
+
+    def _relate(self, new: Tensor) -> list[Tensor]:
+        """Queries, keys, factors and values of the edges."""
+        normal, _ = self._normal(new)
+        made = [self.keep(name, new.shape, new) for name in ("q", "k", "m", "v")]
+        pairs = zip(made, self.relate.chunk(4), self.bias.chunk(4), strict=True)
+        for out, weight, bias in pairs:
+            torch.addmm(bias, rows(normal), weight.mT, out=rows(out))
         return made
 
-    def _relate(self, new: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Queries, keys, factors and values of the edges; the bare normal, and its factor."""
+    def _normal(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Edges with mean 0 and variance 1, and what they were multiplied with."""
         normal = self.room("normal", new.shape, new)
         torch.sub(new, new.mean(-1, keepdim=True), out=normal)
         size = torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
         factor = size.square_().div_(new.shape[-1]).add_(self.eps).rsqrt_()
-        normal.mul_(factor)
-        made = [self.room(name, new.shape, new) for name in ("q", "k", "m", "v")]
-        pairs = zip(made, self.relate.chunk(4), self.bias.chunk(4), strict=True)
-        for out, weight, bias in pairs:
-            torch.addmm(bias, rows(normal), weight.mT, out=rows(out))
-        return made, normal, factor
+        return normal.mul_(factor), factor
 
     def _look(self, related: Sequence[Tensor], ends: Ends, dim: int) -> "_Look":
         """Weights and values of the edges for those who receive, reduced over `dim`."""
@@ -212,22 +224,20 @@ class RelationalEdges(ResidualKernel):
         return out
 
     def gradient(
-        self, e: Edges, inner: Inner, ends: Ends, ahead: Ahead, sent: list[Tensor] | None
+        self, e: Edges, inner: Inner, ends: Ends, ahead: Tensor | None, sent: list[Tensor] | None
     ) -> Ends:
         """Of both ends' terms."""
         if sent is None:
-            own = self.update_back(e, inner[0], ahead[1], None)
-            return _padded(own[0], ends[0]), _padded(own[1], ends[1])
-        new, grad_new = ahead
-        if new is None:
-            new = self.update(e, self.hidden(*inner), self.room("next", e.shape, ends[0]))
-        related, normal, factor = self._relate(new)
+            assert ahead is not None
+            return self.only_update_back(e, inner, ends, ahead)
+        new = inner[1]
+        related = inner[2:]
         back = [self.room(f"{n} back", new.shape, new) for n in ("q", "k", "m", "v")]
         into = self._look_back(related, back, ends, (3, *sent[:2]), fresh=True)
         out = self._look_back(related, back, ends, (2, *sent[2:]), fresh=False)
-        grad = self._norm_back(back, normal, factor)
-        if grad_new is not None:
-            grad.add_(grad_new)
+        grad = self._norm_back(back, *self._normal(new))
+        if ahead is not None:
+            grad.add_(ahead)
         first, last = self.update_back(e, inner[0], grad, None)
         begin = torch.cat([first, out[0], into[1], into[2]], -1)
         return begin, torch.cat([last, into[0], out[1], out[2]], -1)
