@@ -1,10 +1,10 @@
-"""What a layer writes out to be fast: its work on a chunk of edges, and the gradient of it.
+r"""What a layer writes out to be fast: its work on a chunk of edges, and the gradient of it.
 
 A kernel works in buffers that are used again (writing into fresh memory is five times slower) and
 adds gradients of weights up in place; `wspace.nn.explicit` runs it.
 
 A first state, :math:`r A + c` with the raw entries :math:`r`, is not multiplied out where a linear
-map of it is wanted: :math:`W e = r (A W^\\top) + W c` needs no product over edges (`Affine`).
+map of it is wanted: :math:`W e = r (A W^\top) + W c` needs no product over edges (`Affine`).
 """
 
 from collections.abc import Sequence
@@ -256,7 +256,6 @@ class EdgeKernel:
         """
         raise NotImplementedError
 
-
     def finish(self) -> None:
         """Called when all chunks are done, before `grads` is read."""
 
@@ -293,6 +292,9 @@ class ResidualKernel(EdgeKernel):
             before: What was bent.
             ahead: Gradient of the next state.
             grad: More gradient of the hidden layer, changed; `ahead` or this is there.
+
+        Returns:
+            Those of the source and of the target.
         """
         if ahead is not None:
             self.collect(1, ahead, self.hidden(before))

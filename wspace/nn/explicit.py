@@ -19,14 +19,17 @@ from wspace.nn.edge_kernel import Affine, Dense, EdgeKernel, Edges, Ends, Inner,
 
 KEEP = 64
 """Channels from which products are kept for the backward pass: below, computing is cheaper."""
-FACTORS = 4
-"""A first state is not multiplied out if it has fewer taps than one channel in so many."""
 
 
 def kernel_of(layer: Any) -> type[EdgeKernel] | None:
-    """The kernel that stands for the layer's `step` as it is now; None if there is none.
+    """The kernel that stands for the layer's `step` as it is now, if there is one.
 
-    None too if a subclass has another `step`, or a weight belongs to anything but a plain module.
+    Args:
+        layer: A layer of messages.
+
+    Returns:
+        The kernel; None too if a subclass has another `step`, or if a weight belongs to anything
+        but a plain module (a hook, an adapter, a parametrization).
     """
     kind = type(layer)
     owners = [next((c for c in kind.__mro__ if n in vars(c)), None) for n in _DEFINING]
@@ -120,7 +123,10 @@ class Round:
     def differentiable(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
         """The same by the layers' own methods."""
         parts = _Parts(self, inputs)
-        calls = [partial(_call, *one) for one in zip(self.layers, self.kernels, parts.weights)]
+        calls = [
+            partial(_call, *one)
+            for one in zip(self.layers, self.kernels, parts.weights, strict=True)
+        ]
         out: list[Tensor] = []
         for piece, given, ends in parts.chunks():
             e = given
@@ -291,9 +297,7 @@ class _Explicit(torch.autograd.Function):
             return None, *work.backward((saved[:made], saved[made:]), chunks)
 
 
-def _filled(
-    grads: Sequence[Tensor | None], shapes: Sequence[torch.Size]
-) -> list[Tensor | None]:
+def _filled(grads: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor | None]:
     """Zeros for missing gradients, unless all are missing."""
     like = next((g for g in grads if g is not None), None)
     if like is None:
@@ -309,6 +313,8 @@ def _differentiable(
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Gradients by autograd, to be differentiated again."""
+    # Some inputs are made of others: aliases end the paths that do not lie in this round.
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
     device = next(x for x in inputs if x is not None).device.type
     with torch.autocast(device, dtype=plan.low, enabled=plan.low is not None):
         out = plan.differentiable(inputs)
@@ -319,4 +325,6 @@ def _differentiable(
             [y for y, _ in pairs], some, [g for _, g in pairs], create_graph=True, allow_unused=True
         )
     )
-    return [next(found) if w and x is not None else None for x, w in zip(inputs, wants, strict=True)]
+    return [
+        next(found) if w and x is not None else None for x, w in zip(inputs, wants, strict=True)
+    ]

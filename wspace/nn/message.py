@@ -17,8 +17,8 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch._C import _functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from wspace.graph import ParameterGraph
@@ -229,11 +229,15 @@ class MessagePassing:
         pieces = []
         for state in self._states:
             given = state.given[0] if state.given else None
-            shape = given.shape if state.first is None else state.first.shape
-            maps = None if state.first is None else places[state.first.form]
-            pieces.append(Piece(tuple(shape), maps))
+            if state.first is None:
+                assert given is not None
+                pieces.append(Piece(tuple(given.shape), None))
+            else:
+                pieces.append(Piece(tuple(state.first.shape), places[state.first.form]))
             inputs += [given, *state.ends]
-        training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        training = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in inputs
+        )
         keep = training and not self._checkpoint and self._channels >= KEEP
         emit = not self.stream and getattr(self._layers[-1], "part", "all") != "nodes"
         plan = Round(
@@ -289,7 +293,11 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 def _transformed() -> bool:
     """True inside `torch.func` transforms and forward-mode differentiation."""
-    return _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return _functorch.maybe_current_level() is not None or _dual()
+
+
+def _dual() -> bool:
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass

@@ -20,6 +20,7 @@ from wspace.nn.metanet import Metanet, Part
 from wspace.nn.neural_graph_edges import CAP, PNAEdges, RelationalEdges
 from wspace.nn.pool import pooled
 
+
 class _EdgeUpdate(nn.Module):
     r""":math:`e' = e + W\,\sigma(C e + A x_s + B x_t)`, with the node terms computed per node."""
 

@@ -1,4 +1,4 @@
-"""The edges of the neural-graph layers with the gradient written out: `PNALayer`, `RelationalLayer`."""
+"""The edges of `PNALayer` and `RelationalLayer` with the gradient written out."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,9 +31,7 @@ _UPDATE = ("edge.inner.weight", "edge.outer.weight", "edge.outer.bias")
 class _Updated(ResidualKernel):
     """Edges that are updated first, with the first C of the terms of both ends, then read."""
 
-    def again(
-        self, e: Edges, ends: Ends, new: Tensor | None, out: Tensor | None = None
-    ) -> Inner:
+    def again(self, e: Edges, ends: Ends, new: Tensor | None, out: Tensor | None = None) -> Inner:
         """What the update bends, and the next state."""
         c = e.shape[-1]
         before = self.before(e, ends[0][..., :c], ends[1][..., :c])
@@ -45,7 +43,9 @@ class _Updated(ResidualKernel):
     def only_update_back(self, e: Edges, inner: Inner, ends: Ends, ahead: Tensor) -> Ends:
         """Gradients if no messages were sent."""
         own = self.update_back(e, inner[0], ahead, None)
-        first, last = (F.pad(x, (0, y.shape[-1] - x.shape[-1])) for x, y in zip(own, ends, strict=True))
+        first, last = (
+            F.pad(x, (0, y.shape[-1] - x.shape[-1])) for x, y in zip(own, ends, strict=True)
+        )
         return first, last
 
 
@@ -112,7 +112,9 @@ class PNAEdges(_Updated):
     def _message_back(self, grad: Tensor, new: Tensor) -> Ends:
         """Gradients of the pair's terms; leaves that of ``film`` in a buffer."""
         c, shape = new.shape[-1], new.shape
-        film, pair = (self.room(n, s, new) for n, s in (("film", (*shape[:-1], 2 * c)), ("pair", shape)))
+        film, pair = (
+            self.room(n, s, new) for n, s in (("film", (*shape[:-1], 2 * c)), ("pair", shape))
+        )
         back = self.room("film back", film.shape, new)
         torch.mul(grad, pair, out=back[..., :c])
         back[..., c:] = grad
@@ -168,9 +170,7 @@ class RelationalEdges(_Updated):
             made += [look.values.mul_(look.query).sum(dim), look.weight.sum(dim)]
         return (before, new, *related), made
 
-    def again(
-        self, e: Edges, ends: Ends, new: Tensor | None, out: Tensor | None = None
-    ) -> Inner:
+    def again(self, e: Edges, ends: Ends, new: Tensor | None, out: Tensor | None = None) -> Inner:
         """What the update bends, the next state, and what `_relate` makes of it."""
         before, new = super().again(e, ends, new, out)
         return before, new, *self._relate(new)
@@ -233,8 +233,8 @@ class RelationalEdges(_Updated):
         new = inner[1]
         related = inner[2:]
         back = [self.room(f"{n} back", new.shape, new) for n in ("q", "k", "m", "v")]
-        into = self._look_back(related, back, ends, (3, *sent[:2]), fresh=True)
-        out = self._look_back(related, back, ends, (2, *sent[2:]), fresh=False)
+        into = self._look_back(related, back, ends, (3, sent[0], sent[1]), fresh=True)
+        out = self._look_back(related, back, ends, (2, sent[2], sent[3]), fresh=False)
         grad = self._norm_back(back, *self._normal(new))
         if ahead is not None:
             grad.add_(ahead)
@@ -253,7 +253,15 @@ class RelationalEdges(_Updated):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the receiver's query, of the sender's key and value.
 
-        Those of `related` are written to `back`, or added to it if it is not `fresh`.
+        Args:
+            related: What `_relate` returned.
+            back: Where its gradients are written, or added if not `fresh`.
+            ends: Terms of both ends.
+            sent: Dimension that was reduced; gradients of the sums of values and of weights.
+            fresh: Whether `back` has no value yet.
+
+        Returns:
+            Gradients of query, key and value.
         """
         dim, total, share = sent
         total, share = total.unsqueeze(dim), share.unsqueeze(dim)

@@ -133,9 +133,13 @@ class ScaleEdges(EdgeKernel):
                 typed = own[-1].squeeze(dim)
                 total = (sent[3 * i] * typed + sent[3 * i + 1] * (1 - typed)).unsqueeze(dim)
                 grad.addcmul_(total, other[0])
-                torch.sum(torch.mul(new, total, out=product), 5 - dim, keepdim=True, out=to_other[0])
+                torch.sum(
+                    torch.mul(new, total, out=product), 5 - dim, keepdim=True, out=to_other[0]
+                )
         if self.both:
-            for dim, one, other in zip((2, 3), self._split(back), self._split(ends)[::-1], strict=True):
+            for dim, one, other in zip(
+                (2, 3), self._split(back), self._split(ends)[::-1], strict=True
+            ):
                 torch.sum(torch.mul(grad, other[2], out=product), dim, keepdim=True, out=one[2])
         return grad
 
