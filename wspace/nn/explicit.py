@@ -105,16 +105,26 @@ class Round:
     keep: bool
     low: torch.dtype | None
 
-    def run(self, inputs: Sequence[Tensor | None]) -> Iterator[list[Tensor | None]]:
+    def run(
+        self, inputs: Sequence[Tensor | None], *, training: bool
+    ) -> Iterator[list[Tensor | None]]:
         """For every chunk the next state and the reduced messages.
 
         Args:
             inputs: Weights of all layers, pairs of matrix and constant, and for every chunk its
                 entries or its state, and terms of source and target for every layer.
+            training: Whether gradients are wanted.
 
         Yields:
             Next state, None if not wanted, and messages.
         """
+        if not training:  # messages are reduced as they come
+            work = _Work(self, inputs, [False] * len(inputs)).forward()
+            for _ in self.pieces:
+                with torch.autocast(_device(inputs), enabled=False):
+                    some = next(work)[0]
+                yield [*some] if self.emit else [None, *some]
+            return
         made = iter(cast("tuple[Tensor, ...]", _Explicit.apply(self, *inputs)))
         count = sum(len(r) for r in self.layers[-1].reductions)
         for _ in self.pieces:
@@ -223,18 +233,14 @@ class _Work:
             states.append(e)
         return states, inners
 
-    def forward(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Next states and messages of all chunks, and what to keep of them."""
-        made: list[Tensor] = []
-        kept: list[Tensor] = []
+    def forward(self) -> Iterator[tuple[list[Tensor], Inner]]:
+        """Next state and messages of every chunk, and what to keep of it."""
         last = self.kernels[-1]
         for i, (piece, given, ends) in enumerate(self.parts.chunks()):
             e = self.through(self.edges(i, piece, given), ends)[0][-1]
             new = ends[-1][0].new_empty(piece.shape) if self.plan.emit else None
             inner, sent = last.forward(e, ends[-1], new, send=True)
-            made += sent if new is None else [new, *sent]
-            kept += inner if self.plan.keep else ()
-        return made, kept
+            yield sent if new is None else [new, *sent], inner if self.plan.keep else ()
 
     def backward(
         self, saved: tuple[Sequence[Tensor], Sequence[Tensor]], grads: Sequence[list[Tensor | None]]
@@ -265,14 +271,19 @@ class _Work:
         return [*weights, *(m for pair in self.totals for m in pair), *out]
 
 
+def _device(inputs: Sequence[Tensor | None]) -> str:
+    return next(x for x in inputs if x is not None).device.type
+
+
 class _Explicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Round, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        device = next(x for x in inputs if x is not None).device.type
+        device = _device(inputs)
         with torch.autocast(device, enabled=False):
-            out, kept = _Work(plan, inputs, ctx.needs_input_grad[1:]).forward()
+            made = list(_Work(plan, inputs, ctx.needs_input_grad[1:]).forward())
+        out, kept = [x for some, _ in made for x in some], [x for _, some in made for x in some]
         ctx.shapes, ctx.count = [x.shape for x in out], len(inputs)
         count = len(out) // len(plan.pieces)
         ctx.save_for_backward(*inputs, *(out[::count] if plan.emit else ()), *kept)
@@ -291,7 +302,7 @@ class _Explicit(torch.autograd.Function):
             some[plan.emit :] = _filled(
                 some[plan.emit :], ctx.shapes[i * count + plan.emit : (i + 1) * count]
             )
-        device = next(x for x in inputs if x is not None).device.type
+        device = _device(inputs)
         with torch.autocast(device, enabled=False):
             work = _Work(plan, inputs, ctx.needs_input_grad[1:])
             return None, *work.backward((saved[:made], saved[made:]), chunks)
@@ -315,7 +326,7 @@ def _differentiable(
     """Gradients by autograd, to be differentiated again."""
     # Some inputs are made of others: aliases end the paths that do not lie in this round.
     inputs = [None if x is None else x.view_as(x) for x in inputs]
-    device = next(x for x in inputs if x is not None).device.type
+    device = _device(inputs)
     with torch.autocast(device, dtype=plan.low, enabled=plan.low is not None):
         out = plan.differentiable(inputs)
     pairs = [(y, g) for y, g in zip(out, grads, strict=True) if g is not None]

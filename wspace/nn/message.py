@@ -243,7 +243,7 @@ class MessagePassing:
         plan = Round(
             tuple(self._layers), tuple(some), tuple(pieces), len(firsts), emit, keep, self._low
         )
-        return plan.run(inputs)
+        return plan.run(inputs, training=training)
 
     def _collect(self, total: "_Sum", nodes: int) -> Tensor:
         """Reduced messages of all chunks, brought to the nodes, ``(B, N, ·)``."""
