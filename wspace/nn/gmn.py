@@ -7,10 +7,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wspace.graph.structure import Structure
+from wspace.nn.edge_kernel import Edges, Ends, Inner, ResidualKernel
 from wspace.nn.layout import forms_of
 from wspace.nn.message import Step
 from wspace.nn.metanet import Metanet, Part
 from wspace.nn.pool import pooled
+
+
+class GMNEdges(ResidualKernel):
+    """The edges of `GMNLayer`."""
+
+    names = ("edge_in.weight", "edge_out.weight", "edge_out.bias")
+
+    def forward(
+        self, e: Edges, ends: Ends, out: Tensor | None, *, send: bool
+    ) -> tuple[Inner, list[Tensor]]:
+        """The next state and sums of the hidden layer."""
+        before = self.before(e, *ends)
+        hidden = self.hidden(before)
+        if out is not None:
+            self.update(e, hidden, out)
+        return (before,), [hidden.sum(3), hidden.sum(2)] if send else []
+
+    def again(self, e: Edges, ends: Ends, new: Tensor | None) -> Inner:
+        """What the hidden layer bends."""
+        return (self.before(e, *ends),)
+
+    def gradient(
+        self, e: Edges, inner: Inner, ends: Ends, ahead: Tensor | None, sent: list[Tensor] | None
+    ) -> Ends:
+        """Of both ends' terms."""
+        grad = None
+        if sent is not None:
+            grad = self.room("grad", e.shape, inner[0])
+            torch.add(sent[0].unsqueeze(3), sent[1].unsqueeze(2), out=grad)
+        return self.update_back(e, inner[0], ahead, grad)
 
 
 class GMNLayer(nn.Module):
@@ -30,10 +61,11 @@ class GMNLayer(nn.Module):
     """
 
     reductions = (("sum",), ("sum",))
+    kernel = GMNEdges
 
     def __init__(self, channels: int, *, part: Part = "all") -> None:
         super().__init__()
-        c = channels
+        c, self.part = channels, part
         self.norm = nn.LayerNorm(c)
         self.source, self.target = nn.Linear(c, c), nn.Linear(c, c)
         self.shared = nn.Linear(c, c, bias=False)

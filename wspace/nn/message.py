@@ -9,7 +9,7 @@ and memory is that of the nodes plus one chunk. In training, chunks are checkpoi
 intermediate results are recomputed in the backward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -18,9 +18,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from wspace.graph import ParameterGraph
+from wspace.nn.edge_kernel import EdgeKernel
+from wspace.nn.explicit import KEEP, Piece, Round, first_state, kernel_of, weights_of
 from wspace.nn.layout import Chunk, Cuts, EdgeForm, Range, cuts_of, forms_of
 
 CHUNK = 1 << 13
@@ -88,12 +91,12 @@ class MessagePassing:
         self._select = select
         self.forms = forms_of(graph.structure)
         self.batch = prod(graph.batch)
-        plain = torch.compiler.is_compiling() or _transformed()
+        plain = self._plain = torch.compiler.is_compiling() or _transformed()
         self.cuts = cuts_of(self.forms, self.batch, 1 << 62 if plain else chunk)
         self.chunks = [c for i, cut in enumerate(self.cuts) for c in cut.chunks(i)]
         numbers = sum(f.entries for f in self.forms.edges) * self.batch * codes.shape[-1]
         self.stream = (numbers > KEPT) if stream is None else stream
-        self._wide = codes.dtype
+        self._wide, self._channels = codes.dtype, codes.shape[-1]
         self._low = _autocast_dtype(codes.device.type)
         self._checkpoint = not plain and (self.stream or numbers > SAVED)
         self._layers: list[MessageLayer] = []
@@ -104,16 +107,15 @@ class MessagePassing:
     ) -> list["_State"]:
         """How the first state of every chunk is made from its entries."""
         out: list[_State] = []
+        dtype = self._low or codes.dtype
         for i, (form, cuts) in enumerate(zip(self.forms.edges, self.cuts, strict=True)):
-            raw, code = form.raw(graph, self.batch), codes[i]
-            if raw is None:
-                for c in cuts.chunks(i):
-                    shape = [b - a for a, b in (c.batch, c.pairs, c.targets, c.sources)]
-                    out.append(_State(valued=False, first=_Constant(code, shape, self._low)))
-            else:
-                first = _Embed(coefficients[i], code, self._low)
-                pieces = _pieces(raw, cuts, "ts")
-                out += [_State(valued=True, first=first, given=[x]) for x in pieces]
+            raw, code = form.raw(graph, self.batch), codes[i].to(dtype)
+            matrix = None if raw is None else coefficients[i].to(dtype)
+            pieces = None if raw is None else _pieces(raw, cuts, "ts")
+            for k, c in enumerate(cuts.chunks(i)):
+                ranges = (c.batch, c.pairs, c.targets, c.sources)
+                first = _First(matrix, code, [*(b - a for a, b in ranges), len(code)], i)
+                out.append(_State(first, [] if pieces is None else [pieces[k]]))
         return out
 
     # ------------------------------------------------------------- one layer
@@ -134,10 +136,12 @@ class MessagePassing:
         kinds = [(how, True) for how in layer.reductions[0]]
         kinds += [(how, False) for how in layer.reductions[1]]
         sums = [_Sum(how, to_target=to_target) for how, to_target in kinds]
-        for c, state in zip(self.chunks, self._states, strict=True):
-            e, *out = self._call(state, _step)
+        made: Iterator[Sequence[Any]] | None = self._explicit()
+        if made is None:
+            made = (self._call(s, _step) for s in self._states)
+        for c, state, (e, *out) in zip(self.chunks, self._states, made, strict=True):
             if not self.stream:
-                state.given, state.first, state.ends = [e], None, []
+                state.given, state.first, state.ends = [] if e is None else [e], None, []
             for total, part in zip(sums, out, strict=True):
                 total.add(c, part)
         if not self.stream:
@@ -166,7 +170,7 @@ class MessagePassing:
         states = iter(zip(self.chunks, self._states, strict=True))
         for cuts in self.cuts:
             some = [next(states) for _ in cuts.chunks(0)]
-            if not some[0][1].valued:
+            if self.forms.edges[some[0][0].form].block.structural:
                 out.append(None)
                 continue
             made = iter([self._call(s, _Final(final, c.form))[0] for c, s in some])
@@ -208,6 +212,38 @@ class MessagePassing:
             made = checkpoint(work, *inputs, use_reentrant=False, preserve_rng_state=False)
             return cast("tuple[Tensor, ...]", made)
         return work(*inputs)
+
+    def _explicit(self) -> Iterator[Sequence[Any]] | None:
+        """What `_call` gives for all chunks, if all layers have kernels."""
+        kernels = [None if self._plain else kernel_of(layer) for layer in self._layers]
+        if not kernels or None in kernels:
+            return None
+        some = cast("list[type[EdgeKernel]]", kernels)
+        firsts = {s.first.form: s.first for s in self._states if s.first is not None}
+        places = {form: i for i, form in enumerate(firsts)}
+        inputs: list[Tensor | None] = []
+        for layer, kernel in zip(self._layers, some, strict=True):
+            inputs += weights_of(layer, kernel)
+        for first in firsts.values():
+            inputs += [first.matrix, first.code]
+        pieces = []
+        for state in self._states:
+            given = state.given[0] if state.given else None
+            if state.first is None:
+                assert given is not None
+                pieces.append(Piece(tuple(given.shape), None))
+            else:
+                pieces.append(Piece(tuple(state.first.shape), places[state.first.form]))
+            inputs += [given, *state.ends]
+        training = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in inputs
+        )
+        keep = training and not self._checkpoint and self._channels >= KEEP
+        emit = not self.stream and getattr(self._layers[-1], "part", "all") != "nodes"
+        plan = Round(
+            tuple(self._layers), tuple(some), tuple(pieces), len(firsts), emit, keep, self._low
+        )
+        return plan.run(inputs, training=training)
 
     def _collect(self, total: "_Sum", nodes: int) -> Tensor:
         """Reduced messages of all chunks, brought to the nodes, ``(B, N, ·)``."""
@@ -256,16 +292,19 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _transformed() -> bool:
-    """True inside `torch.func` transforms, whose levels a checkpoint does not see."""
-    return _functorch.maybe_current_level() is not None
+    """True inside `torch.func` transforms and forward-mode differentiation."""
+    return _functorch.maybe_current_level() is not None or _dual()
+
+
+def _dual() -> bool:
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass
 class _State:
     """Edges of one chunk: tensors given, how their first state is made, ends for every layer."""
 
-    valued: bool
-    first: Callable[..., Tensor] | None
+    first: "_First | None"
     given: list[Tensor] = field(default_factory=list)
     ends: list[Tensor] = field(default_factory=list)
 
@@ -317,24 +356,17 @@ class _Final:
         return (self.final(layer.advance(e, ps, pt), self.form),)
 
 
-class _Embed:
-    def __init__(self, coefficients: Tensor, code: Tensor, dtype: torch.dtype | None) -> None:
-        dtype = dtype or code.dtype
-        self.coefficients, self.code = coefficients.to(dtype), code.to(dtype)
+@dataclass
+class _First:
+    """How the first state of a chunk is made of its entries: see `first_state`."""
 
-    def __call__(self, raw: Tensor) -> Tensor:
-        raw = raw.to(self.code.dtype)
-        if len(self.coefficients) == 1:
-            return torch.addcmul(self.code, raw, self.coefficients[0])
-        return raw @ self.coefficients + self.code
+    matrix: Tensor | None
+    code: Tensor
+    shape: Sequence[int]
+    form: int
 
-
-class _Constant:
-    def __init__(self, code: Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> None:
-        self.code, self.shape = code.to(dtype or code.dtype), shape
-
-    def __call__(self) -> Tensor:
-        return self.code.expand(*self.shape, -1)
+    def __call__(self, raw: Tensor | None = None) -> Tensor:
+        return first_state(raw, self.matrix, self.code, self.shape)
 
 
 class _Work:

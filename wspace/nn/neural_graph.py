@@ -17,10 +17,8 @@ from wspace.graph.structure import Structure
 from wspace.nn.layout import Forms, forms_of
 from wspace.nn.message import Step
 from wspace.nn.metanet import Metanet, Part
+from wspace.nn.neural_graph_edges import CAP, PNAEdges, RelationalEdges
 from wspace.nn.pool import pooled
-
-CAP = 10.0
-"""Bound of attention logits: ``CAP * tanh(logit / CAP)``."""
 
 
 class _EdgeUpdate(nn.Module):
@@ -61,9 +59,11 @@ class PNALayer(nn.Module):
     """
 
     reductions = (("sum", "sum", "max", "min"), ("sum", "sum", "max", "min"))
+    kernel = PNAEdges
 
     def __init__(self, channels: int, *, part: Part = "all") -> None:
         super().__init__()
+        self.part = part
         c, parts = channels, 1 if part == "edges" else 2
         self.norm = nn.LayerNorm(c)
         self.source, self.target = nn.Linear(c, parts * c), nn.Linear(c, parts * c)
@@ -156,6 +156,7 @@ class RelationalLayer(nn.Module):
     """
 
     reductions = (("sum", "sum"), ("sum", "sum"))
+    kernel = RelationalEdges
 
     def __init__(self, channels: int, *, heads: int = 8, part: Part = "all") -> None:
         super().__init__()
@@ -166,6 +167,7 @@ class RelationalLayer(nn.Module):
                     help="choose another `heads` or `channels`",
                 )
             )
+        self.part = part
         c, parts = channels, 1 if part == "edges" else 4
         self.heads = heads
         self.norm = nn.LayerNorm(c)
@@ -206,10 +208,10 @@ class RelationalLayer(nn.Module):
         eq, ek, em, ev = related.chunk(4, -1)
         key, value = other.chunk(2, -1)
         c = eq.shape[-1]
-        logits = ((eq + query) * (ek + key)).unflatten(-1, (self.heads, -1)).sum(-1)
+        logits = ((eq + query) * (ek + key)).unflatten(-1, (-1, self.heads)).sum(-2)
         weight = torch.exp(CAP * torch.tanh(logits * ((self.heads / c) ** 0.5 / CAP)))
-        values = torch.addcmul(ev, em, value).unflatten(-1, (self.heads, -1))
-        total = (weight.unsqueeze(-1) * values).sum(dim).flatten(-2)
+        values = torch.addcmul(ev, em, value).unflatten(-1, (-1, self.heads))
+        total = (weight.unsqueeze(-2) * values).sum(dim).flatten(-2)
         return total, weight.sum(dim)
 
     def update(
@@ -218,8 +220,8 @@ class RelationalLayer(nn.Module):
         """The next states of nodes and of the whole."""
         parts = []
         for total, weight in received:
-            share = weight.clamp(min=torch.finfo(weight.dtype).tiny).unsqueeze(-1)
-            parts.append((total.unflatten(-1, (self.heads, -1)) / share).flatten(-2))
+            share = weight.clamp(min=torch.finfo(weight.dtype).tiny).unsqueeze(-2)
+            parts.append((total.unflatten(-1, (-1, self.heads)) / share).flatten(-2))
         x = x + self.merge(torch.cat(parts, -1))
         x = x + self.feed(x)
         return x, u + self.whole(torch.cat([u, pooled(structure, x)], -1))

@@ -33,6 +33,7 @@ from wspace.nn.layout import EdgeForm, forms_of
 from wspace.nn.message import MessagePassing, Step
 from wspace.nn.metanet import Head, Metanet, Part
 from wspace.nn.pool import pooled
+from wspace.nn.scale_edges import ScaleEdges
 from wspace.space import WeightSpace
 
 
@@ -128,7 +129,7 @@ class ScaleLayer(nn.Module):
 
     def __init__(self, channels: int, *, bidirectional: bool = True, part: Part = "all") -> None:
         super().__init__()
-        c, self.both = channels, bidirectional
+        c, self.both, self.part = channels, bidirectional, part
         self.norm, self.of_x = nn.LayerNorm(c), Invariant(c, c)
         self.of_y = Invariant(c, c) if bidirectional else None
         self.pair = _Pair(c) if bidirectional else None
@@ -147,6 +148,8 @@ class ScaleLayer(nn.Module):
         self.gates = nn.Linear(c, sides * c)
         self.node = nn.Sequential(nn.Linear((2 + 2 * sides) * c, c), nn.SiLU(), nn.Linear(c, c))
         self.whole = nn.Sequential(nn.Linear(2 * c, c), nn.SiLU(), nn.Linear(c, c))
+
+    kernel = ScaleEdges
 
     @classmethod
     def reader(cls, channels: int, *, bidirectional: bool) -> "ScaleLayer":
