@@ -19,7 +19,7 @@ and marked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import log
 from typing import Any, ClassVar, TypeVar
@@ -184,7 +184,7 @@ class LanguageModels:
 
     Attributes:
         text: One of `datasets_zoo.text`.
-        root: Folder or file of the text.
+        root: Folder or file of the text; no part of what the zoo is.
         count: Number of networks; each gives `checkpoints` rows.
         seed: Decides everything that is drawn.
         widths: Widths to draw from.
@@ -200,7 +200,7 @@ class LanguageModels:
     """
 
     text: str = "tinyshakespeare"
-    root: str = ""
+    root: str = field(default="", compare=False)
     count: int = 256
     seed: int = 0
     widths: tuple[int, ...] = (16, 24, 32)

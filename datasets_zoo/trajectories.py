@@ -21,7 +21,7 @@ size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -103,7 +103,7 @@ class Trajectories:
     Attributes:
         network: One of `NETWORKS`.
         data: A data set of `datasets_zoo.images`; for language, a text of `datasets_zoo.text`.
-        root: Folder or file of the data.
+        root: Folder or file of the data; no part of what the zoo is.
         count: Number of networks.
         seed: Decides everything that is drawn.
         width: Width of the networks.
@@ -117,7 +117,7 @@ class Trajectories:
 
     network: str = "mlp"
     data: str = "digits"
-    root: str = ""
+    root: str = field(default="", compare=False)
     count: int = 128
     seed: int = 0
     width: int = 16

@@ -92,6 +92,7 @@ def test_saved_configuration_is_one(
     assert "test/accuracy_low" in capsys.readouterr().out
     assert main(["validate", *options, *root]) == 0
     assert main(["predict", *options, *root]) == 0
+    assert [item.name for item in (folder / "again").iterdir()] == ["Classification"]
     (written,) = (folder / "again").rglob("predictions.csv")
     rows = list(csv.DictReader(written.read_text("utf-8").splitlines()))
     expected = predict_zoo(load_task(last(folder)), wspace.zoo.open(folder / "two"))
@@ -107,6 +108,7 @@ def test_saved_configuration_is_one(
         (["--model.options.chanels", "3"], "no option 'chanels'"),
         (["--model.target", "lable"], "no column 'lable'"),
         (["--data.path", "nowhere"], "nowhere"),
+        (["--ckpt_path", "last"], "'last' names no file"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs"),
         (["--model", "Clasification"], "Clasification"),
         (["--trainer.accelerator", "abacus"], "abacus"),
@@ -205,6 +207,25 @@ def test_edited_networks_are_written(folder: Path) -> None:
     for name, x in edited.items():
         torch.testing.assert_close(x, expected[name][0])
         assert not torch.equal(x, state[name])
+
+
+def test_edited_networks_are_not_written_over(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not last(folder, "Editing").exists():
+        assert main(["fit", *config(folder, "image", "Editing"), "--model.side", "5"]) == 0
+    mine = folder / "mine" / "digit.safetensors"
+    mine.parent.mkdir()
+    wspace.save_checkpoint(wspace.zoo.open(folder / "image")[3][1], mine)
+    before = mine.read_bytes()
+    for words, match in [
+        ([mine, "--out", mine.parent], "would be written over"),
+        ([mine, folder / "x" / mine.name, "--out", folder / "y"], "would be written over"),
+        ([folder / "image", "--out", folder / "y"], "--out takes networks"),
+    ]:
+        assert main(["predict", "--ckpt", str(last(folder, "Editing")), *map(str, words)]) == 2
+        assert match in capsys.readouterr().err
+    assert mine.read_bytes() == before and not (folder / "y").exists()
 
 
 def test_words_for_lightning() -> None:

@@ -550,6 +550,10 @@ unequal.__module__ = other.__module__ = "zoo_recipes"
         ("zoo_evil:build", "not imported"),
         ("wspace_evil:build", "not imported"),
         ("wspace.reference.python:from_py", "no factory"),  # would import what its options name
+        ("wspace.lit.predict:load_task", "no factory"),  # would trust whom its options name
+        ("wspace.lit:load_task", "no factory"),
+        ("wspace.lit.models:build_metanet", "no factory"),
+        ("wspace.cli:main", "no factory"),
         ("wspace.zoo.architecture:importlib", "no factory"),
         ("wspace.zoo.architecture:_space", "no factory"),
         ("wspace:act", "no factory"),

@@ -272,6 +272,20 @@ def test_building_again_does_nothing_and_repairs(tmp_path: Path, whole: dict[str
     zoo.build(RECIPE, tmp_path, progress=lambda done, total: calls.append(done))
     assert calls == [1, 2, 3]
     assert tree(tmp_path) == whole
+    lost, damaged = sorted((tmp_path / "architectures").iterdir())
+    lost.unlink()
+    damaged.write_text("{")
+    zoo.build(RECIPE, tmp_path)
+    assert tree(tmp_path) == whole
+
+
+def test_a_build_that_failed_at_once_binds_nobody(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    Given.made[:] = []
+    with pytest.raises(IndexError):
+        zoo.build(Given(), tmp_path)
+    assert (tmp_path / "zoo.json").exists()
+    zoo.build(RECIPE, tmp_path)
+    assert tree(tmp_path) == whole
 
 
 # --- full disks -----------------------------------------------------------------------------------

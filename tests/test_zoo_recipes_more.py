@@ -17,7 +17,7 @@ from wspace.errors import ZooError
 from wspace.graph import decode
 from wspace.trace.verify import verify
 from wspace.zoo.build import build
-from wspace.zoo.recipe import Cohort, Recipe
+from wspace.zoo.recipe import Cohort, Recipe, described
 
 LANGUAGE = LanguageModels(
     text="zen",
@@ -273,6 +273,11 @@ def test_half_precision_of_mlp(tmp_path: Path) -> None:
     weight = decode(batch.graphs[0])["1.weight"]
     assert weight.dtype == torch.float32 and torch.equal(weight, exact.half().float())
     assert all(report.ok for report in zoo.verify(1))
+
+
+@pytest.mark.parametrize("kind", [LanguageModels, Trajectories])
+def test_where_data_lies_is_no_part_of_a_zoo(kind: Any) -> None:
+    assert described(kind(root="/somewhere")) == described(kind())
 
 
 def test_unknown_network() -> None:

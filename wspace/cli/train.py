@@ -58,6 +58,8 @@ def predict(args: argparse.Namespace, out: Console) -> int:
     if args.json == "-" and args.out:
         raise WSpaceError(message("predict: --json - prints nothing but JSON", help="name a file"))
     task = load_task(args.ckpt, trust=args.trust)
+    if args.out:
+        _check_out(task, args.subjects, Path(args.out))
     rows: list[dict[str, Any]] = []
     for text in args.subjects:
         if (Path(text) / "zoo.json").is_file():
@@ -71,6 +73,29 @@ def predict(args: argparse.Namespace, out: Console) -> int:
         data = {"ckpt": args.ckpt, "task": type(task).__name__, "predictions": rows}
         screen.write_json(out, args.json, data)
     return 0
+
+
+def _check_out(task: "Task", subjects: Sequence[str], folder: Path) -> None:
+    """Raises unless every subject has an edited network, and a file of its own that is no input."""
+    from wspace.lit import Editing
+
+    if not isinstance(task, Editing):
+        got = f"a task of {type(task).__name__}"
+        raise WSpaceError(message("predict: --out is for editing", got=got))
+    given, seen = {Path(text).resolve() for text in subjects}, set[Path]()
+    for text in subjects:
+        if (Path(text) / "zoo.json").is_file():
+            raise WSpaceError(message("predict: --out takes networks", got=f"the zoo {text}"))
+        target = _edited_file(text, folder)
+        if target.resolve() in given or target in seen:
+            raise WSpaceError(
+                message(f"predict: {target} would be written over", help="choose another --out")
+            )
+        seen.add(target)
+
+
+def _edited_file(text: str, folder: Path) -> Path:
+    return folder / f"{Path(text).stem}.safetensors"
 
 
 def _of_zoo(task: "Task", text: str) -> list[dict[str, Any]]:
@@ -89,7 +114,6 @@ def _of_zoo(task: "Task", text: str) -> list[dict[str, Any]]:
 
 
 def _of_network(task: "Task", text: str, args: argparse.Namespace) -> dict[str, Any]:
-    from wspace.lit import Editing
     from wspace.lit import predict as ask
 
     graph = _graph(task, text, args)
@@ -102,10 +126,6 @@ def _of_network(task: "Task", text: str, args: argparse.Namespace) -> dict[str, 
     with screen.working(f"asking about {text}"):
         (row,) = _rows([text], ask(task, graph))
     if args.out:
-        if not isinstance(task, Editing):
-            raise WSpaceError(
-                message("predict: --out is for editing", got=f"a task of {type(task).__name__}")
-            )
         row["written"] = _write_edited(task, graph, text, Path(args.out))
     return row
 
@@ -143,7 +163,7 @@ def _write_edited(task: "Task", graph: ParameterGraph, text: str, folder: Path) 
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{Path(text).stem}.safetensors"
+    target = _edited_file(text, folder)
     with torch.no_grad():
         (edited,) = task([encode(graph.space, {k: x.float() for k, x in graph.values.items()})])
     state = {k: x.contiguous() for k, x in decode(graph.replace(edited)).items()}

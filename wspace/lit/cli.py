@@ -2,7 +2,8 @@
 
 The tasks are `wspace.lit.modules`, the data is always a `ZooDataModule`. The configuration that a
 run resolved to is saved with its logs, checkpoints are those of `wspace.lit.checkpoint`. A run's
-folder is ``runs/NAME/version_K``, NAME being the configuration file's.
+folder is ``runs/NAME/version_K``, NAME being the configuration file's, or where that is the one of
+an earlier run, that run's.
 """
 
 import csv
@@ -92,6 +93,21 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as it is: a checkpoint brings its own when it is loaded."""
 
+    def before_instantiate_classes(self) -> None:
+        """Refuses words for checkpoints that a trainer of this process wrote: there are none yet.
+
+        Raises:
+            WSpaceError: If ``--ckpt_path`` is such a word.
+        """
+        path: Any = self._get(self.config, "ckpt_path")
+        if path in {"best", "last", "hpc", "registry"}:
+            raise WSpaceError(
+                message(
+                    f"fit: --ckpt_path {path!r} names no file",
+                    help="runs/NAME/version_K/checkpoints/last.safetensors is one",
+                )
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with loggers, checkpoints and their format where none are configured."""
         given: Any = self._get(self.config_init, "trainer")
@@ -120,8 +136,10 @@ class TrainingCLI(LightningCLI):
         files = [w for flag, w in zip(self.words, self.words[1:], strict=False)
                  if flag in {"-c", "--config"}]  # fmt: skip
         files += [w.partition("=")[2] for w in self.words if w.startswith("--config=")]
-        stem = Path(files[0]).stem if files else "wspace"
-        name = type(self.model).__name__.lower() if stem in {"wspace", "config"} else stem
+        file = Path(files[0]).resolve() if files else Path("config")
+        earlier = file.parent.name.startswith("version_")
+        stem = file.parent.parent.name if earlier and file.stem == "config" else file.stem
+        name = type(self.model).__name__.lower() if stem == "config" else stem
         loggers: list[Logger] = [CSVLogger(root, name)]
         if find_spec("tensorboard") or find_spec("tensorboardX"):
             version = getattr(loggers[0], "version", None)

@@ -43,7 +43,7 @@ class SpaceBatches(DistributedSampler[Any]):
         share: This process and the number of processes.
 
     Raises:
-        ZooError: If there are fewer rows than processes.
+        ZooError: If there are fewer rows than processes, or too few of every space to share.
     """
 
     def __init__(
@@ -99,6 +99,9 @@ def _counts(rows: Sequence[int], size: int, world: int) -> list[int]:
     counts = [-(-n // size) for n in rows]
     while sum(counts) % world:
         largest = max(range(len(rows)), key=lambda i: rows[i] / counts[i])
+        if counts[largest] == rows[largest]:
+            text = f"data: {sum(rows)} networks of {len(rows)} architectures for {world} processes"
+            raise ZooError(message(text, help="use fewer devices, or mixed: true"))
         counts[largest] += 1
     return counts
 
@@ -269,8 +272,16 @@ class ZooDataModule(LightningDataModule):
 
     def _split(self) -> dict[str, Zoo]:
         rest = np.ones(len(self.zoo), bool)
-        for column, values in self.held_out.items():
-            rest &= ~np.isin(self.zoo.column(column), values)
+        for name, values in self.held_out.items():
+            known = np.unique(self.zoo.column(name)).tolist()
+            if unknown := [value for value in values if value not in known]:
+                raise ZooError(
+                    message(
+                        f"data: {self.path} has no networks whose {name!r} is {unknown[0]!r}",
+                        expected=f"{', '.join(map(repr, known[:8]))}{' …' if known[8:] else ''}",
+                    )
+                )
+            rest &= ~np.isin(self.zoo.column(name), values)
         options: dict[str, Any] = {
             "by": self.by,
             "seed": self.split_seed,

@@ -145,7 +145,7 @@ class Prediction(Task):
         self.first = {"center": 0.0, "spread": 1.0}
 
     def prepare(self, zoo: Zoo) -> int:
-        """One number; checks the targets and, for the identity, takes their mean and spread."""
+        """One number; checks the targets."""
         values = column(zoo, self.target, "Prediction").astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
@@ -165,10 +165,17 @@ class Prediction(Task):
                     help="link: identity, loss: mse",
                 )
             )
-        if self.link == "identity" and self.metanet is None:
-            spread = float(values.std())
-            self.first = {"center": float(values.mean()), "spread": spread or 1.0}
         return 1
+
+    def learn_targets(self, zoo: Zoo) -> None:
+        """For the identity, takes mean and spread of the targets, which answers are scaled by.
+
+        Args:
+            zoo: Training networks.
+        """
+        if self.link == "identity":
+            values = column(zoo, self.target, "Prediction").astype(np.float64)
+            self.first = {"center": float(values.mean()), "spread": float(values.std()) or 1.0}
 
     def learned(self) -> dict[str, Any]:
         """Length of the answer, mean and spread of the target."""
@@ -305,7 +312,7 @@ class Editing(Task):
         finish(self, "test", self.test_metrics)
 
     def columns(self, answer: Any) -> dict[str, Tensor]:
-        """Size of the change: the root mean square of edited weights."""
+        """Root mean square of the edited network's weights."""
         rows = [torch.cat([x.flatten(1) for x in s.values() if x.is_floating_point()], 1)
                 for s in answer]  # fmt: skip
         return {"edited_rms": torch.cat([x.square().mean(1).sqrt() for x in rows])}

@@ -163,6 +163,13 @@ class Task(LightningModule):
         """
         raise NotImplementedError
 
+    def learn_targets(self, zoo: Zoo) -> None:
+        """Takes from the table of the training networks what the task has to know; here nothing.
+
+        Args:
+            zoo: Training networks.
+        """
+
     def loss(self, batch: ZooBatch, stage: str) -> Tensor:
         """The loss of a batch; also notes metrics of the stage."""
         raise NotImplementedError
@@ -213,6 +220,7 @@ class Task(LightningModule):
         if stage == "fit":
             self.build()
             if not self.fitted:
+                self.learn_targets(data.parts["train"])
                 self.fit_statistics(data.networks("train", self.statistics))
 
     def build(self) -> None:

@@ -25,6 +25,9 @@ from wspace.trace import trace
 TRUSTED = ("datasets_zoo", "wspace")
 """Packages whose factories are imported wherever a zoo comes from."""
 
+CLOSED = ("wspace.cli", "wspace.lit")
+"""Where no factory is: what is there reads files, and trusts whom its arguments name."""
+
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
@@ -230,7 +233,7 @@ def _factory(name: str, trust: Sequence[str]) -> Any:
             )
         )
     try:
-        made = getattr(importlib.import_module(place), attribute)
+        made = None if _closed(place) else getattr(importlib.import_module(place), attribute)
     except (ImportError, AttributeError) as error:
         raise ZooError(_text(f"{name!r} is not there", got=str(error))) from error
     if attribute.startswith("_") or not _builds_modules(made, parts[0]):
@@ -244,8 +247,13 @@ def _factory(name: str, trust: Sequence[str]) -> Any:
     return made
 
 
+def _closed(place: str) -> bool:
+    return any(place == part or place.startswith(f"{part}.") for part in CLOSED)
+
+
 def _builds_modules(made: Any, package: str) -> bool:
-    if getattr(made, "__module__", "").split(".")[0] != package:
+    place = getattr(made, "__module__", "")
+    if place.split(".")[0] != package or _closed(place):
         return False
     if inspect.isfunction(made):
         try:

@@ -23,6 +23,7 @@ from wspace.zoo.format import (
     clean,
     is_ours,
     listed,
+    read_architecture,
     read_header,
     write_header,
 )
@@ -72,7 +73,8 @@ def build(
     with _alone(folder):
         clean(folder)
         header = _prepare(recipe, folder, dtype)
-        missing = [k for k in range(header.cohorts) if not _intact(folder, k)]
+        known: set[str] = set()
+        missing = [k for k in range(header.cohorts) if not _intact(folder, k, known)]
         todo = [*header.stale, *(k for k in missing if k not in header.stale)]
         done = header.cohorts - len(todo)
         made = _made(recipe, folder, todo, engine, workers, dtype)
@@ -124,16 +126,17 @@ def _alone(folder: Path) -> Generator[None]:
 def _prepare(recipe: Recipe, folder: Path, dtype: str | None) -> Header:
     """The header of what is to be built, written; it notes a short last cohort that grows."""
     wanted = described(recipe)
-    if not (folder / HEADER).exists():
-        if committed(folder):
-            text = f"zoo: {folder / HEADER} is missing beside its shards"
-            raise ZooError(message(text, help="restore it from a copy, or empty the folder"))
+    shards = committed(folder)
+    if not shards:  # so what a build that failed at once has written binds nobody
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["wspace"] = _version()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         header = Header(wanted, recipe.cohorts, dtype, versions, now)
         write_header(folder, header)
         return header
+    if not (folder / HEADER).exists():
+        text = f"zoo: {folder / HEADER} is missing beside its shards"
+        raise ZooError(message(text, help="restore it from a copy, or empty the folder"))
     header = read_header(folder)
     if header.dtype != dtype:
         got = f"{header.dtype or 'its own type'} in the zoo, {dtype or 'its own type'} now"
@@ -144,7 +147,7 @@ def _prepare(recipe: Recipe, folder: Path, dtype: str | None) -> Header:
         got = f"{header.cohorts} cohorts in the zoo, {recipe.cohorts} now"
         raise ZooError(message(f"zoo: {folder} was cut otherwise", got=got))
     if larger:
-        last = {header.cohorts - 1} & {*committed(folder)}
+        last = {header.cohorts - 1} & {*shards}
         stale = tuple(sorted({*header.stale, *last}))
         header = replace(header, recipe=wanted, cohorts=recipe.cohorts, stale=stale)
         write_header(folder, header)
@@ -158,10 +161,13 @@ def _version() -> str:
         return "unknown"
 
 
-def _intact(folder: Path, number: int) -> bool:
-    """Whether a shard is committed and whole; one that is not is made again."""
+def _intact(folder: Path, number: int, known: set[str]) -> bool:
+    """Whether a shard is committed and whole, and its architecture too; else it is made again."""
     try:
         marker = read_marker(folder, number)
+        if marker.architecture not in known:
+            read_architecture(folder, marker.architecture)
+            known.add(marker.architecture)
         for suffix in marker.files:
             check_size(folder, marker, suffix)
     except ZooError:

@@ -211,7 +211,7 @@ def read_header(folder: Path) -> Header:
 
 
 def write_architecture(folder: Path, architecture: Architecture, space: WeightSpace) -> str:
-    """Writes an architecture, unless it is there.
+    """Writes an architecture, unless it is there undamaged.
 
     Args:
         folder: Of the zoo.
@@ -223,7 +223,7 @@ def write_architecture(folder: Path, architecture: Architecture, space: WeightSp
     """
     text, digest = _architecture_text(architecture, space)
     path = folder / "architectures" / f"{digest}.json"
-    if not path.exists():
+    if not path.exists() or path.read_bytes() != text.encode():
         write_whole(path, text.encode())
     return digest
 
