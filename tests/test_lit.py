@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from safetensors.torch import save
 from torch import nn
 from torchmetrics.functional import kendall_rank_corrcoef, r2_score
 
@@ -222,6 +223,9 @@ def test_wrong_parts(zoos: dict[str, Path]) -> None:
         ZooDataModule(zoos["one"], fractions=(0.9, 0.0, 0.1), split_name="no").setup("fit")
     with pytest.raises(ZooError, match="no column 'famly'"):
         ZooDataModule(zoos["one"], held_out={"famly": ["w4"]}).setup("fit")
+    for options in ({"batch_size": 0}, {"limit": 0}, {"limit": -1}):
+        with pytest.raises(ZooError, match=f"{next(iter(options))} is at least 1"):
+            ZooDataModule(zoos["one"], **options)
 
 
 def test_fewer_rows_of_a_space_than_processes_need() -> None:
@@ -600,6 +604,15 @@ def test_hostile_header(zoos: dict[str, Path], tmp_path: Path) -> None:
         load_task(changed('"Classification"', '"os.system"'))
     with pytest.raises(CheckpointError, match="header of .* is damaged"):
         load_task(changed('"smoothing"', '"smoother"'))
+    with pytest.raises(CheckpointError, match="header of .* is damaged"):
+        load_task(changed('"hidden": 4', '"hidden": "4"'))
+    with pytest.raises(CheckpointError, match="header of .* is damaged"):
+        load_task(changed('"lr": 0.01, ', '"lr": 0.01, "more": 0, '))
+    for wrong in ("3", "[]", "[" * 100_000):
+        bad = save({}, {"format": "wspace-task-1", "wspace": wrong})
+        (tmp_path / "bad.safetensors").write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"bad\.safetensors is"):
+            load_task(tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match="do not fit its options"):
         load_task(changed('"layers": 2', '"layers": 3'))
     with pytest.raises(CheckpointError, match="'wspace' is not plain"):

@@ -211,7 +211,8 @@ class ZooDataModule(LightningDataModule):
         checksums: Whether to verify all shards when the zoo is opened.
 
     Raises:
-        ZooError: In `setup`, if the zoo is damaged or a part is empty.
+        ZooError: If `batch_size` or `limit` is less than 1; in `setup`, if the zoo is damaged or a
+            part is empty.
     """
 
     zoo: Zoo
@@ -238,6 +239,9 @@ class ZooDataModule(LightningDataModule):
         checksums: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in {"batch_size": batch_size, "limit": limit}.items():
+            if value is not None and value < 1:
+                raise ZooError(f"data: {name} is at least 1, got {value}")
         self.path, self.batch_size, self.mixed = Path(path), batch_size, mixed
         self.fractions, self.by, self.split_name = fractions, by, split_name
         self.split_seed = split_seed

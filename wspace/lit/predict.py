@@ -1,6 +1,5 @@
 """A trained task from its file, and what it says of networks."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -42,11 +41,13 @@ def load_task(
 
     Raises:
         CheckpointError: If the file is damaged or something else, or the weights do not fit.
-        ZooError: If an architecture comes from a package that is not trusted.
+        WSpaceError: If the metanet cannot be made; a ZooError if an architecture comes from a
+            package that is not trusted.
     """
     header, tensors = read(path)
-    found = header.get("wspace", {})
-    kind = TASKS.get(found.get("task", ""))
+    found = header.get("wspace")
+    found = found if isinstance(found, dict) else {}
+    kind = TASKS.get(str(found.get("task")))
     if kind is None:
         raise CheckpointError(
             message(
@@ -74,11 +75,13 @@ def load_task(
         task = kind(**options)
         task.restore(found["learned"])
         task.seen = Seen.from_list(found["seen"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        task.build()
+    except WSpaceError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             message(f"checkpoint: the header of {path} is damaged", got=repr(error))
         ) from error
-    task.build()
     wrong = task.load_state_dict(tensors, strict=False)
     if wrong.missing_keys or wrong.unexpected_keys:
         raise CheckpointError(
