@@ -198,6 +198,8 @@ def test_time_axis(tmp_path: Path) -> None:
             assert equal(
                 dict(graph.values), {name: x[[1, 0]][:, chosen] for name, x in truth.items()}
             )
+    with pytest.raises(ZooError, match=r"no state 5 of each network\n  expected -5 … 4"):
+        opened.batch([0], time=5)
     assert "5 states of each, steps 0 … 40" in opened.card()
     assert opened.verify(1, trust=TRUST)[0].ok
 

@@ -14,7 +14,6 @@ from wspace.lit.augment import Noise as Noise
 from wspace.lit.augment import Symmetry as Symmetry
 from wspace.lit.checkpoint import Checkpoints as Checkpoints
 from wspace.lit.checkpoint import SafeCheckpoints as SafeCheckpoints
-from wspace.lit.checkpoint import is_task as is_task
 from wspace.lit.contrastive import Contrastive as Contrastive
 from wspace.lit.data import SpaceBatches as SpaceBatches
 from wspace.lit.data import ZooDataModule as ZooDataModule

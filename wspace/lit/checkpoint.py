@@ -169,15 +169,6 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def is_task(path: str | Path) -> bool:
-    """Whether a file is a checkpoint that `SafeCheckpoints` wrote."""
-    try:
-        read(path)
-    except CheckpointError:
-        return False
-    return True
-
-
 def _text(value: Any, key: str) -> str:
     try:
         return json.dumps(value)

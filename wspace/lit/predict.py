@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +66,7 @@ def load_task(
             )
         )
     try:
-        options = dict(found["config"])
-        how = dict(options.pop("optimization"))
-        how["betas"] = tuple(how["betas"])
-        options["optimization"] = Optimization(**how)
-        options["trust"] = tuple(trust)
-        if metanet is not None:
-            options |= {"metanet": metanet, "options": None}
-        task = kind(**options)
-        task.restore(found["learned"])
-        task.seen = Seen.from_list(found["seen"])
-        task.build()
+        task = _made(kind, found, metanet, trust)
     except WSpaceError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -93,6 +84,24 @@ def load_task(
         )
     task.fitted = True
     return task.eval()
+
+
+def _made(
+    kind: type[Task], found: Mapping[str, Any], metanet: nn.Module | None, trust: Sequence[str]
+) -> Task:
+    """The task that a header describes, its metanet with fresh weights."""
+    options = dict(found["config"])
+    how = dict(options.pop("optimization"))
+    how["betas"] = tuple(how["betas"])
+    options["optimization"] = Optimization(**how)
+    options["trust"] = tuple(trust)
+    if metanet is not None:
+        options |= {"metanet": metanet, "options": None}
+    task = kind(**options)
+    task.restore(found["learned"])
+    task.seen = Seen.from_list(found["seen"])
+    task.build()
+    return task
 
 
 def predict(task: Task, graphs: ParameterGraph | Sequence[ParameterGraph]) -> dict[str, Tensor]:

@@ -320,12 +320,12 @@ class Task(LightningModule):
                 )
                 bad[start : start + rows] |= ~finite.reshape(rows).cpu()
             start += rows
-        rows_of = batch.index.cpu()
+        ids = self.data.parts["train"].ids[batch.index.cpu().numpy()]
         own = [n for n, p in self.named_parameters() if not bool(p.isfinite().all())]
-        got = [f"{loss} in batch {batch_idx} of epoch {self.current_epoch}, rows "
-               f"{rows_of[:8].tolist()}{' …' if len(rows_of) > 8 else ''}"]  # fmt: skip
+        got = [f"{loss} in batch {batch_idx} of epoch {self.current_epoch}, "
+               f"networks {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}"]  # fmt: skip
         if bool(bad.any()):
-            got.append(f"weights that are NaN or infinite in rows {rows_of[bad][:8].tolist()}")
+            got.append(f"weights that are NaN or infinite in {', '.join(ids[bad.numpy()][:8])}")
         if own:
             got.append(f"the metanet's own weights are not finite: {', '.join(own[:3])}")
         return message(

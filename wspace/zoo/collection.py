@@ -237,10 +237,15 @@ class Zoo:
             The batch; its memory is its own.
 
         Raises:
-            ZooError: If there is no time axis to choose from.
+            ZooError: If there is no time axis to choose from, or no such place on it.
         """
         if time is not None and self.steps is None:
             raise ZooError(message(f"zoo: {self.path} has no time axis", help="leave `time` out"))
+        if isinstance(time, int) and self.steps is not None:
+            most = len(self.steps)
+            if not -most <= time < most:
+                text = f"zoo: {self.path} has no state {time} of each network"
+                raise ZooError(message(text, expected=f"{-most} … {most - 1}"))
         at = self._places(indices)
         kinds = self.kind[at]
         order = np.argsort(kinds, kind="stable")
