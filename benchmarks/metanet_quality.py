@@ -89,8 +89,9 @@ def data_of(options: argparse.Namespace, limit: int | None) -> ZooDataModule:
     )
 
 
-def trainer_of(steps: int, callbacks: list[Callback], every: int) -> Trainer:
+def trainer_of(steps: int, callbacks: list[Callback], every: int, precision: Any) -> Trainer:
     return Trainer(
+        precision=precision,
         accelerator="cpu",
         devices=1,
         max_steps=steps,
@@ -121,14 +122,14 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
     trainer_of(1, [], 10**6).fit(
         task_of(options.kind, name), datamodule=data
     )  # traces, first calls
-    one = trainer_of(1 + pilot, [], 10**6)
+    one = trainer_of(1 + pilot, [], 10**6, how)
     each = seconds_of(lambda: one.fit(task_of(options.kind, name), datamodule=data)) / pilot
     batches = len(data.sampler("train"))
     steps = max(batches, min(options.epochs * batches, int(60 * options.minutes / each)))
     torch.manual_seed(seed)
     task = task_of(options.kind, name)
     best = Best(task.monitor[0])
-    trainer = trainer_of(steps, [best], max(1, steps // batches // 20))
+    trainer = trainer_of(steps, [best], max(1, steps // batches // 20), how)
     begin = time.perf_counter()
     spent = seconds_of(lambda: trainer.fit(task, datamodule=data))
     if best.kept:
@@ -149,6 +150,7 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
         "minutes": round((time.perf_counter() - begin) / 60, 2),
         "held_out": options.held_out,
         "augment": options.augment,
+        "precision": how,
     } | {key.removeprefix("test/"): round(value, 5) for key, value in found.items()}
 
 
@@ -193,6 +195,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tested", nargs="*", type=pair, help="column=value of test networks used")
     parser.add_argument("--augment", nargs="*", help="symmetries to augment by")
     parser.add_argument("--out", type=Path, default=Path("metanet_quality.jsonl"))
+    parser.add_argument("--precision", default="32-true", help="Lightning's (%(default)s)")
     parser.add_argument("--show", action="store_true", help="print the tables only")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
