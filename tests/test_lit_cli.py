@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -277,11 +278,19 @@ def test_two_processes(folder: Path) -> None:
     run("fit", *processes)
     ckpt = root / "Classification" / "version_0" / "checkpoints" / "last.safetensors"
     assert load_task(ckpt).out == 3
+    odd = ["--data.fractions", "[0.5, 0.2, 0.28]", "--data.split_name", "odd"]
+    parts = wspace.zoo.open(folder / "two").split(0.5, 0.2, 0.28, name="odd")
+    assert len(parts["test"]) % 2  # so the processes have different numbers of networks
     alone, together = (
-        [line for line in run("test", "--ckpt_path", str(ckpt), *some).splitlines() if "│" in line]
+        {
+            name: float(value)
+            for name, value in re.findall(
+                r"(test/\w+) +│ +([\d.]+)", run("test", "--ckpt_path", str(ckpt), *odd, *some)
+            )
+        }
         for some in ([], processes)
     )
-    assert alone and together == alone
+    assert "test/loss" in alone and together == pytest.approx(alone)
     for some in ([], processes):
         run("predict", "--ckpt_path", str(ckpt), *some)
     first, second = (file.read_text("utf-8") for file in sorted(root.rglob("predictions.csv")))

@@ -291,7 +291,7 @@ class Task(LightningModule):
 
     def _evaluate(self, batch: ZooBatch, stage: str) -> None:
         loss = self.loss(batch, stage)
-        size = len(batch.index)
+        size: Any = float(len(batch.index))  # whole ones are averaged over processes, rounded down
         self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=size, sync_dist=True)
 
     def report(self, stage: str, values: Mapping[str, Tensor | float]) -> None:
