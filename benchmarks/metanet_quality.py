@@ -119,9 +119,9 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
     data.setup("fit")
     if options.tested:
         data.parts["test"] = data.parts["test"].where(**dict(options.tested))
-    trainer_of(1, [], 10**6).fit(
-        task_of(options.kind, name), datamodule=data
-    )  # traces, first calls
+    how = options.precision
+    first = trainer_of(1, [], 10**6, how)  # traces, and makes what is made once
+    first.fit(task_of(options.kind, name), datamodule=data)
     one = trainer_of(1 + pilot, [], 10**6, how)
     each = seconds_of(lambda: one.fit(task_of(options.kind, name), datamodule=data)) / pilot
     batches = len(data.sampler("train"))

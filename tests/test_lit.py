@@ -1,5 +1,6 @@
 """Training on zoos: batches, tasks, metrics, checkpoints, and what a trained task says."""
 
+import errno
 import json
 import logging
 import re
@@ -589,6 +590,27 @@ def test_damaged_checkpoints(zoos: dict[str, Path], tmp_path: Path) -> None:
     wspace.save_checkpoint({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="other.safetensors is no trained metanet"):
         load_task(tmp_path / "other.safetensors")
+
+
+def test_full_disk_keeps_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checkpoint(step: int) -> dict[str, Any]:
+        return {"state_dict": {"a": torch.zeros(2) + step}, "global_step": step,
+                "optimizer_states": [step]}  # fmt: skip
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    io, path = SafeCheckpoints(), tmp_path / "last.safetensors"
+    io.save_checkpoint(checkpoint(1), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="no space"):
+            io.save_checkpoint(checkpoint(2), path)
+    found = io.load_checkpoint(path)
+    assert found["optimizer_states"] == [1] and found["state_dict"]["a"].tolist() == [1, 1]
+    assert {item.name for item in tmp_path.iterdir()} == {path.name, resume_file(path).name}
 
 
 def test_hostile_header(zoos: dict[str, Path], tmp_path: Path) -> None:

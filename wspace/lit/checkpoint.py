@@ -75,12 +75,18 @@ class SafeCheckpoints(CheckpointIO):
         left["global_step"] = checkpoint.get("global_step")
         left["other_state"] = {k: v for k, v in state.items() if k not in tensors}
         flat = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        beside, fresh = resume_file(path), _fresh(path)
-        if "optimizer_states" in left:
-            torch.save(left, _fresh(beside))
-            _replace(_fresh(beside), beside)
-        fresh.write_bytes(save(flat, header))
-        _replace(fresh, path)
+        files = [resume_file(path), path] if "optimizer_states" in left else [path]
+        try:  # neither is replaced before both are written: the disk may be full
+            if len(files) > 1:
+                torch.save(left, _fresh(files[0]))
+            _fresh(path).write_bytes(save(flat, header))
+            for file in files:
+                _flush(_fresh(file))
+            for file in files:
+                _fresh(file).replace(file)
+        finally:
+            for file in files:
+                _fresh(file).unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -187,11 +193,10 @@ def _fresh(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _replace(fresh: Path, path: Path) -> None:
-    """Puts a whole file in place of an older one."""
-    with fresh.open("rb") as file:
+def _flush(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _bad(path: Path, got: str) -> str:
