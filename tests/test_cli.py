@@ -5,7 +5,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -385,6 +386,13 @@ def test_a_damaged_layout_is_refused(run: Runner) -> None:
 def test_trace_lists_operators(run: Runner) -> None:
     out = run("trace", "--ops").out
     assert {"addmm", "convolution", "native_layer_norm", "view"} <= set(out.split())
+
+
+def test_whole_demo_after_the_small_one(tmp_path: Path) -> None:
+    from wspace.demo.zoo import zoo_folder
+
+    stages: list[Any] = [SimpleNamespace(folder=tmp_path, fast=fast) for fast in (True, False)]
+    assert zoo_folder(stages[0]) != zoo_folder(stages[1])  # their recipes differ
 
 
 def test_demo_writes_a_page(run: Runner) -> None:

@@ -36,7 +36,7 @@ def build_zoo(stage: "Stage") -> None:
     count, size = (24, 12) if stage.fast else (512, 64)
     recipe = recipe_from("image_classifiers", RECIPE | {"count": count, "size": size})
     start = time.perf_counter()
-    zoo = build(recipe, stage.folder / "zoo")
+    zoo = build(recipe, zoo_folder(stage))
     seconds = time.perf_counter() - start
     accuracy = torch.tensor(zoo.table["test_accuracy"])
     low, high = float(accuracy.min()), float(accuracy.max())
@@ -98,6 +98,11 @@ def ask(stage: "Stage") -> None:
     ).code(f"wspace predict --ckpt {stage.found['task GraphMetanet']} {file}")
 
 
+def zoo_folder(stage: "Stage") -> Path:
+    """Where the zoo goes: the small and the whole one are of different recipes."""
+    return stage.folder / ("zoo_fast" if stage.fast else "zoo")
+
+
 def _fitted(
     stage: "Stage", name: str, options: dict[str, Any]
 ) -> tuple[dict[str, float], Path, Zoo]:
@@ -114,7 +119,7 @@ def _fitted(
             "init_args": {"metanet": name, "options": options, "rank_weight": 0.1},
         },
         "data": {
-            "path": str(stage.folder / "zoo"),
+            "path": str(zoo_folder(stage)),
             "batch_size": 32,
             "fractions": [0.7, 0.1, 0.2],
         },
