@@ -120,10 +120,13 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
     if options.tested:
         data.parts["test"] = data.parts["test"].where(**dict(options.tested))
     how = options.precision
-    first = trainer_of(1, [], 10**6, how)  # traces, and makes what is made once
-    first.fit(task_of(options.kind, name), datamodule=data)
-    one = trainer_of(1 + pilot, [], 10**6, how)
-    each = seconds_of(lambda: one.fit(task_of(options.kind, name), datamodule=data)) / pilot
+
+    def timed(steps: int) -> float:
+        one = trainer_of(steps, [], 10**6, how)
+        return seconds_of(lambda: one.fit(task_of(options.kind, name), datamodule=data))
+
+    timed(1)  # traces, and makes what is made once
+    each = max(1e-4, (timed(1 + pilot) - timed(1)) / pilot)
     batches = len(data.sampler("train"))
     steps = max(batches, min(options.epochs * batches, int(60 * options.minutes / each)))
     torch.manual_seed(seed)

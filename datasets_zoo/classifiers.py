@@ -33,7 +33,7 @@ from datasets_zoo import architectures
 from datasets_zoo.images import images
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, generator_of
+from wspace.zoo.recipe import Cohort, check_options, generator_of
 from wspace.zoo.train import (
     Trained,
     Training,
@@ -125,12 +125,15 @@ class ImageClassifiers:
     families: tuple[str, ...] = ("small_cnn",)
     seed: int = 0
     grey: bool = False
-    steps: tuple[int, ...] = (50, 2000)
+    steps: tuple[int, int] = (50, 2000)
     checkpoints: int = 3
     judged: int = 10_000
     size: int = 32
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
+
+    def __post_init__(self) -> None:
+        check_options(self, "count", "steps", "checkpoints", "judged", "size")
 
     @property
     def cohorts(self) -> int:

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from datasets_zoo.images import Images, images
+from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, generator_of
+from wspace.zoo.recipe import Cohort, check_options, generator_of
 from wspace.zoo.train import Training, train_many
 
 SHIFT = 0.5
@@ -188,6 +189,9 @@ class ImageINRs:
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
 
+    def __post_init__(self) -> None:
+        check_options(self, "count", "views", "steps", "size")
+
     @property
     def cohorts(self) -> int:
         """Number of cohorts."""
@@ -202,8 +206,20 @@ class ImageINRs:
         Returns:
             Fitted networks with columns ``label``, ``image`` (place in the shuffled data set),
             ``view``, ``split``, ``psnr`` (decibels) and ``steps``.
+
+        Raises:
+            ZooError: If there are more networks than images and views.
         """
         pixels, labels, parts = _shuffled(self.dataset, self.root)
+        if self.count > self.views * len(labels):
+            raise ZooError(
+                message(
+                    f"image_inrs: {self.dataset} has too few images",
+                    expected=f"count of at most {self.views * len(labels)}",
+                    got=f"{self.count} networks, {self.views} for each of {len(labels)} images",
+                    help="set `count`, or more `views`",
+                )
+            )
         ids = torch.arange(index * self.size, min((index + 1) * self.size, self.count))
         image, view = ids // self.views, ids % self.views
         generator = generator_of(self.seed, index)

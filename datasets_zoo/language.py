@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from datasets_zoo.text import Tokenizer, text
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, generator_of
+from wspace.zoo.recipe import Cohort, check_options, generator_of
 from wspace.zoo.train import (
     Batch,
     Trained,
@@ -215,6 +215,9 @@ class LanguageModels:
     size: int = 16
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
+
+    def __post_init__(self) -> None:
+        check_options(self, "count", "steps", "checkpoints", "context", "batch", "judged", "size")
 
     @property
     def cohorts(self) -> int:

@@ -33,7 +33,7 @@ from datasets_zoo.images import standardised
 from datasets_zoo.language import fixed_windows, gpt, log_uniform, text_batches, tokens_of
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, generator_of
+from wspace.zoo.recipe import Cohort, check_options, generator_of
 from wspace.zoo.train import (
     Batch,
     Training,
@@ -129,6 +129,9 @@ class Trajectories:
     size: int = 16
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
+
+    def __post_init__(self) -> None:
+        check_options(self, "count", "width", "steps", "every", "batch", "judged", "size")
 
     @property
     def cohorts(self) -> int:

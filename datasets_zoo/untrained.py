@@ -37,7 +37,7 @@ from torch.func import functional_call, vmap
 
 from datasets_zoo.language import log_uniform, pick
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, generator_of
+from wspace.zoo.recipe import Cohort, check_options, generator_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -105,6 +105,9 @@ class Untrained:
     size: int = 250
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
+
+    def __post_init__(self) -> None:
+        check_options(self, "count", "grid", "size")
 
     @property
     def cohorts(self) -> int:

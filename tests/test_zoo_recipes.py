@@ -15,7 +15,7 @@ from datasets_zoo.images import images
 from datasets_zoo.inr import ImageINRs, Siren, SirenGradient, grid, siren_init
 from wspace.errors import ZooError
 from wspace.testing import assert_close, assert_same
-from wspace.zoo.recipe import Cohort
+from wspace.zoo.recipe import Cohort, recipe_from
 from wspace.zoo.train import Training, train_many, vmapped
 
 SIZES = (2, 7, 5, 3)
@@ -148,3 +148,23 @@ def test_accuracies_are_those_of_the_states() -> None:
 def test_unknown_families_are_refused() -> None:
     with pytest.raises(ZooError, match="no such family"):
         ImageClassifiers("digits", families=("rnn",)).cohort(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("image_inrs", {"size": 0}),
+        ("image_classifiers", {"steps": (20, 10)}),
+        ("language_models", {"count": 0}),
+        ("trajectories", {"every": 0}),
+        ("untrained", {"size": -1}),
+    ],
+)
+def test_options_that_cannot_be_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ZooError, match=f"options that cannot be(.|\n)*{next(iter(options))}"):
+        recipe_from(name, options)
+
+
+def test_more_networks_than_images_are_refused() -> None:
+    with pytest.raises(ZooError, match="too few images(.|\n)*3594"):
+        ImageINRs("digits", count=4000, views=2, size=8).cohort(0)

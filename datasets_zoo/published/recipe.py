@@ -1,7 +1,7 @@
 """A published zoo as a recipe, so that it is built, resumed and checked as any other."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +37,7 @@ class Published:
     """
 
     kind: str
-    source: str
+    source: str = field(compare=False)
     last: bool = False
     size: int = 1000
     seed: int = 0

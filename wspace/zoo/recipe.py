@@ -89,6 +89,32 @@ def generator_of(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) % 2**63)
 
 
+def check_options(recipe: Any, *names: str) -> None:
+    """Refuses options that are not at least 1; for a recipe's ``__post_init__``.
+
+    Args:
+        recipe: A recipe.
+        names: Fields that hold a number, or a tuple of two that rise.
+
+    Raises:
+        ZooError: If one is smaller, or a tuple is no pair that rises.
+    """
+    wrong: list[str] = []
+    for name in names:
+        value = getattr(recipe, name)
+        pair = tuple(value) if isinstance(value, tuple) else (value, value)
+        if len(pair) != 2 or not 1 <= pair[0] <= pair[-1]:
+            wrong.append(f"{name} = {value!r}")
+    if wrong:
+        raise ZooError(
+            message(
+                f"recipe: {type(recipe).__name__} has options that cannot be",
+                expected="numbers of at least 1, and pairs (smallest, largest)",
+                got=wrong,
+            )
+        )
+
+
 def recipe_from(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe by name. Imports it, so the name has to be the user's own, never a file's.
 
