@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,11 @@ class Metanet(nn.Module):
         dropout: Dropout on node states.
         stream: True to recompute edge states instead of keeping them (memory does not grow with
             parameters × channels), False to keep them, None to decide by size.
-        chunk: Edges computed at once.
+        chunk: Edges computed at once; None for the number that was measured to be fast.
         options: Options of the layers.
     """
+
+    edges_at_once: ClassVar[int] = CHUNK
 
     def __init__(
         self,
@@ -55,12 +57,12 @@ class Metanet(nn.Module):
         probes: nn.Module | None = None,
         dropout: float = 0.0,
         stream: bool | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.kind: Head = head
-        self.stream, self.chunk = stream, chunk
+        self.stream, self.chunk = stream, chunk or self.edges_at_once
         self.embedding = self.make_embedding(
             channels, 0 if probes is None else int(cast(Any, probes).count)
         )

@@ -6,7 +6,7 @@ terms; the published transformer attends over all pairs of units.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,8 @@ class NeuralGraphTransformer(Metanet):
         >>> NeuralGraphTransformer(7, channels=16, heads=4)(graph).shape
         torch.Size([7])
     """
+
+    edges_at_once: ClassVar[int] = 1 << 14
 
     def make_layer(self, channels: int, *, part: Part, **options: Any) -> nn.Module:
         """One layer."""
