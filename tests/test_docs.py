@@ -12,7 +12,7 @@ from wspace.io import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-INFOS = {"python", "text", "shell", "bash", "json", ""}
+INFOS = {"python", "text", "yaml", "shell", "bash", "json", ""}
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NET = """
 import torch
