@@ -111,6 +111,7 @@ class ImageClassifiers:
         root: Folder or file of the images; no part of what the zoo is.
         count: Number of networks; each gives `checkpoints` rows.
         families: Of `FAMILIES`; cohorts draw one of them.
+        activation: The one of all networks; drawn for every cohort if empty.
         seed: Decides everything that is drawn.
         grey: Average the colours.
         steps: Smallest and largest number of steps.
@@ -123,6 +124,7 @@ class ImageClassifiers:
     root: str = field(default="", compare=False)
     count: int = 1024
     families: tuple[str, ...] = ("small_cnn",)
+    activation: str = ""
     seed: int = 0
     grey: bool = False
     steps: tuple[int, int] = (50, 2000)
@@ -134,6 +136,12 @@ class ImageClassifiers:
 
     def __post_init__(self) -> None:
         check_options(self, "count", "steps", "checkpoints", "judged", "size")
+        known = ("", *architectures.ACTIVATIONS)
+        if self.activation not in known:
+            expected = ", ".join(known[1:])
+            raise ZooError(
+                message("classifiers: no such activation", expected=expected, got=self.activation)
+            )
 
     @property
     def cohorts(self) -> int:
@@ -163,6 +171,8 @@ class ImageClassifiers:
         channels, side = data[0].shape[1], data[0].shape[-1]
         family = draw(self.families)
         factory, options = _family(family, channels, side, draw)
+        if self.activation:
+            options["activation"] = self.activation
         optimizer = draw(("adam", "sgd"))
         count = min(self.size, self.count - index * self.size)
         meta = self._hyper_parameters(optimizer, generator)

@@ -168,3 +168,13 @@ def test_options_that_cannot_be_are_refused(name: str, options: dict[str, Any]) 
 def test_more_networks_than_images_are_refused() -> None:
     with pytest.raises(ZooError, match="too few images(.|\n)*3594"):
         ImageINRs("digits", count=4000, views=2, size=8).cohort(0)
+
+
+def test_one_activation_for_all() -> None:
+    options: dict[str, Any] = {"count": 8, "size": 2, "steps": (1, 2), "checkpoints": 1}
+    for k in range(4):
+        made = ImageClassifiers("digits", activation="gelu", judged=10, **options).cohort(k)
+        assert made.architecture.options["activation"] == "gelu"
+        assert list(made.table["activation"]) == ["gelu", "gelu"]
+    with pytest.raises(ZooError, match="no such activation(.|\n)*softsign"):
+        ImageClassifiers("digits", activation="softsign")
