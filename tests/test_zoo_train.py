@@ -186,3 +186,22 @@ def test_evaluation_does_not_depend_on_how_many_run_at_once(generator: torch.Gen
 def test_what_is_no_stack_is_refused(state: dict[str, Tensor]) -> None:
     with pytest.raises(ZooError, match="train_many: not a stack"):
         train_many(state, lambda s, i, r: (torch.zeros(1), s), Training(1))
+
+
+def test_a_network_that_diverges_keeps_its_statistics(generator: torch.Generator) -> None:
+    """BatchNorm has seen the bad step by the time it is known to be bad."""
+    x, y = data(generator)
+    start = initial_states(normed, N, generator)
+    buffers = [name for name, _ in normed().named_buffers() if name in start]
+    gradient = vmapped(normed().train(), lambda step, rows: (x[rows], y[rows]), cross_entropy)
+
+    def poisoned(state: dict[str, Tensor], step: int, rows: Tensor) -> Any:
+        losses, slopes = gradient(state, step, rows)
+        bad = (rows == 1) & (torch.tensor(step) == 5)
+        return torch.where(bad, torch.nan, losses), slopes
+
+    done = train_many(start, poisoned, Training(20, 0.05), buffers=buffers)
+    short = train_many(start, gradient, Training(5, 0.05), buffers=buffers)
+    assert done.diverged.tolist() == [False, True, False]
+    for name in start:
+        assert_close(done.state[name][1], short.state[name][1])
