@@ -34,6 +34,10 @@ class ZooError(WSpaceError, ValueError):
     """A model zoo on disk is damaged or inconsistent."""
 
 
+class NowcastError(WSpaceError, RuntimeError):
+    """A state could not be predicted, or a prediction may not be used."""
+
+
 class MissingExtra(WSpaceError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
