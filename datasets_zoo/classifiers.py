@@ -10,8 +10,8 @@ share of the training images (a window of one fixed shuffle), share of labels th
 (0.6 u², u uniform), factor on the initial weights, number of steps. For every cohort: optimizer
 (Adam or SGD with momentum), architecture. The learning rate is constant.
 
-Checkpoints are rows of their own with the column ``network``; split by it (``by="network"``), or
-states of one network are on both sides.
+Checkpoints are rows of their own with the column ``network``, which no split parts unless it is
+told to.
 
 Known flaws: images of the data set's test part are shared by all networks, so accuracies of all
 networks have one common sampling error. Accuracies are measured on `judged` images, which resolves
@@ -133,6 +133,7 @@ class ImageClassifiers:
     size: int = 32
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
+    grouped_by: ClassVar[str] = "network"
 
     def __post_init__(self) -> None:
         check_options(self, "count", "steps", "checkpoints", "judged", "size")

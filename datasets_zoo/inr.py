@@ -188,6 +188,7 @@ class ImageINRs:
     size: int = 500
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
+    grouped_by: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
         check_options(self, "count", "views", "steps", "size")

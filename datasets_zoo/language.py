@@ -13,9 +13,8 @@ characters replaced by random ones (0.3 u², u uniform), factor on its initial m
 steps. For every cohort: width, blocks, heads. Losses are means over `judged` windows at equal
 distances, in nats per character.
 
-Checkpoints are rows of their own with the column ``network``; split by it (``by="network"``), or
-states of one network are on both sides. A network that diverged is kept as it was before it did,
-and marked.
+Checkpoints are rows of their own with the column ``network``, which no split parts unless it is
+told to. A network that diverged is kept as it was before it did, and marked.
 """
 
 from collections.abc import Sequence
@@ -215,6 +214,7 @@ class LanguageModels:
     size: int = 16
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
+    grouped_by: ClassVar[str] = "network"
 
     def __post_init__(self) -> None:
         check_options(self, "count", "steps", "checkpoints", "context", "batch", "judged", "size")

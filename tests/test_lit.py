@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import save
 from torch import nn
 from torchmetrics.functional import kendall_rank_corrcoef, r2_score
+from zoo_recipes import Views
 
 import wspace
 from wspace.errors import CheckpointError, SpaceMismatch, WSpaceError, ZooError
@@ -54,6 +55,7 @@ from wspace.lit.modules import classes_of
 from wspace.lit.predict import in_order, space_for
 from wspace.lit.task import Seen
 from wspace.zoo import Architecture, Cohort, InputSpec, build
+from wspace.zoo.split import leaks
 
 SMALL: dict[str, dict[str, Any]] = {
     "GraphMetanet": {"channels": 8, "layers": 2},
@@ -218,6 +220,18 @@ def test_loader_processes_give_the_same_batches(zoos: dict[str, Path]) -> None:
         for g, h in zip(a.graphs, b.graphs, strict=True):
             assert g.space == h.space
             assert all(torch.equal(x, h.values[k]) for k, x in g.values.items())
+
+
+def test_parts_by_what_the_recipe_says(tmp_path: Path) -> None:
+    build(Views(count=120, views=3), tmp_path)
+
+    def leaking(**options: Any) -> list[str]:
+        data = ZooDataModule(tmp_path, **options)
+        data.setup("fit")
+        return leaks({name: part.table["image"] for name, part in data.parts.items()})
+
+    assert leaking() == []
+    assert leaking(by="", split_name="rows")  # negative control
 
 
 def test_wrong_parts(zoos: dict[str, Path]) -> None:

@@ -16,7 +16,7 @@ import zoo_recipes
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zoo_recipes import NORMED, Given, Toy, mlp, random_state
+from zoo_recipes import NORMED, Given, Toy, Views, mlp, random_state
 
 import wspace
 from wspace import zoo
@@ -678,6 +678,52 @@ def test_splits_do_not_part_an_image_and_stay_when_a_zoo_grows(tmp_path: Path) -
     other = large.split(by="image", seed=1, name="other")
     assert {*other["test"].ids} != {*again["test"].ids}
     assert "default: (fractions=(0.5, 0.3, 0.2), by='image'" in large.card()
+
+
+def test_a_recipe_says_what_no_split_parts(tmp_path: Path) -> None:
+    made = zoo.build(Views(count=120, views=3), tmp_path)
+    assert "grouped  by image: no split parts its values" in made.card()
+
+    def images(parts: dict[str, zoo.Zoo]) -> dict[str, np.ndarray]:
+        return {name: part.table["image"] for name, part in parts.items()}
+
+    assert leaks(images(made.split())) == []
+    assert made.splits["default"].by == "image"
+    assert leaks(images(made.split(by="", name="rows")))  # negative control
+    assert made.splits["rows"].by is None
+    assert made.split(by="good", name="other") and made.splits["other"].by == "good"
+    with pytest.raises(ZooError, match="'default' is taken"):
+        made.split(by="")
+
+
+def test_zoos_that_were_begun_before_recipes_said_it(tmp_path: Path) -> None:
+    zoo.build(Views(count=60, views=3), tmp_path)
+    header = json.loads((tmp_path / "zoo.json").read_text())
+    assert header.pop("grouped_by") == "image"
+    (tmp_path / "zoo.json").write_text(json.dumps(header))
+    old = zoo.open(tmp_path)
+    assert old.header.grouped_by is None and "grouped" not in old.card()
+    old.split(name="rows")
+    assert old.splits["rows"].by is None
+    again = zoo.build(Views(count=60, views=3), tmp_path)  # now it says so
+    assert again.header.grouped_by == "image" and zoo.open(tmp_path).split()
+    assert again.splits["default"].by == "image"
+    assert zoo.build(Toy(), tmp_path / "other").header.grouped_by is None
+    assert "grouped_by" not in json.loads((tmp_path / "other" / "zoo.json").read_text())
+
+
+def test_the_column_that_is_declared_has_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Views, "grouped_by", "imag")
+    with pytest.raises(ZooError, match="Views makes no column 'imag', which it is grouped by"):
+        zoo.build(Views(), tmp_path)
+
+
+def test_a_split_column_that_names_no_part_is_none(tmp_path: Path) -> None:
+    state = random_state(mlp(), (40,), torch.Generator().manual_seed(0))
+    opened = given(tmp_path, Cohort(mlp(), state, {"split": [""] * 40}))
+    assert sum(map(len, opened.split().values())) == 40 and len(opened.split()["train"]) > 20
 
 
 def test_splits_of_single_networks_part_images() -> None:

@@ -24,7 +24,7 @@ from datasets_zoo.published.model_zoo import ModelZooCNN
 from datasets_zoo.published.recipe import READERS
 from datasets_zoo.published.wild_park import WildCNN
 from wspace.errors import ZooError
-from wspace.zoo.recipe import Cohort
+from wspace.zoo.recipe import Cohort, check_grouping
 
 Array = np.ndarray
 
@@ -32,7 +32,9 @@ Array = np.ndarray
 def only(kind: str, root: Path, **options: object) -> Cohort:
     recipe = Published(kind, str(root), **options)  # type: ignore[arg-type]
     assert recipe.cohorts == 1
-    return recipe.cohort(0)
+    made = recipe.cohort(0)
+    check_grouping(recipe, made.table)
+    return made
 
 
 def answers(cohort: Cohort, row: int, x: Array) -> Array:

@@ -15,7 +15,7 @@ from datasets_zoo.images import images
 from datasets_zoo.inr import ImageINRs, Siren, SirenGradient, grid, siren_init
 from wspace.errors import ZooError
 from wspace.testing import assert_close, assert_same
-from wspace.zoo.recipe import Cohort, recipe_from
+from wspace.zoo.recipe import Cohort, grouping, recipe_from
 from wspace.zoo.train import Training, train_many, vmapped
 
 SIZES = (2, 7, 5, 3)
@@ -117,6 +117,7 @@ def test_classifiers_of_every_family(family: str) -> None:
     table = made.table
     assert {len(column) for column in table.values()} == {6}
     assert table["network"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert grouping(recipe) == "network"
     assert (torch.as_tensor(table["step"])[1::2] == torch.as_tensor(table["steps"])[1::2]).all()
     space = made.architecture.space()
     space.validate({name: x[0] for name, x in made.state.items()})

@@ -17,7 +17,7 @@ from wspace.errors import ZooError
 from wspace.graph import decode
 from wspace.trace.verify import verify
 from wspace.zoo.build import build
-from wspace.zoo.recipe import Cohort, Recipe, described
+from wspace.zoo.recipe import Cohort, Recipe, described, grouping
 
 LANGUAGE = LanguageModels(
     text="zen",
@@ -184,6 +184,7 @@ def test_language_models_learn() -> None:
     assert bool((loss[:, 2] < loss[:, 0]).all()) and float(loss.min()) < 3.3  # chance: 3.8
     assert torch.as_tensor(table["checkpoint"]).tolist() == [0, 1, 2] * 2
     assert torch.as_tensor(table["network"]).tolist() == [0] * 3 + [1] * 3
+    assert grouping(recipe) == "network"
 
 
 def test_batches_of_text() -> None:

@@ -91,6 +91,13 @@ class Toy:
 
 
 @dataclass(frozen=True)
+class Views(Toy):
+    """A toy that says that views of one image belong together."""
+
+    grouped_by: ClassVar[str] = "image"
+
+
+@dataclass(frozen=True)
 class Given:
     """One cohort, of what the test says; no cohort depends on a count."""
 

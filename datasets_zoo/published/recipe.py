@@ -22,6 +22,14 @@ READERS: dict[str, Callable[[Path, bool], list[Group]]] = {
 }
 """(folder, only last checkpoints) → groups of networks, by kind."""
 
+GROUPED = {
+    "nfn_siren": "image",
+    "small_cnn_zoo": "network",
+    "model_zoo": "network",
+    "cnn_wild_park": "network",
+}
+"""Column whose values belong together, by kind; DWSNets' images have one network each."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -43,6 +51,11 @@ class Published:
     seed: int = 0
 
     grows: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def grouped_by(self) -> str | None:
+        """Column whose values no split parts unless it is told to."""
+        return GROUPED.get(self.kind)
 
     @property
     def cohorts(self) -> int:

@@ -57,7 +57,8 @@ def zoo_options(it: argparse.ArgumentParser) -> None:
     command("recipes", _recipes, "list the recipes and their options")
     sub = command("split", _split, "split a zoo, and save the rule")
     sub.add_argument("path", metavar="PATH", help="folder of the zoo")
-    sub.add_argument("--by", metavar="COLUMN", help="its equal values stay together")
+    by = "stays whole (what the saved rule or the recipe says); '' for none"
+    sub.add_argument("--by", metavar="COLUMN", help=by)
     for part, share in zip(("train", "val", "test"), (0.8, 0.1, 0.1), strict=True):
         sub.add_argument(f"--{part}", type=float, help=f"share ({share} unless saved)")
     sub.add_argument("--seed", type=int, help="0 unless saved")

@@ -197,6 +197,7 @@ class ZooDataModule(LightningDataModule):
         fractions: Shares of networks for training, validation and test. None takes the zoo's own
             column ``split`` if it has one, else 0.8, 0.1, 0.1.
         by: Column whose values are never split, such as ``image`` where a zoo has several views.
+            None takes the one that the zoo's recipe declares; ``""`` splits single networks.
         split_name: Name under which the zoo keeps the split; the options of a split that it has
             may be left out.
         split_seed: Of the split; None for that of the zoo's, or 0.

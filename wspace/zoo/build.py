@@ -28,7 +28,7 @@ from wspace.zoo.format import (
     write_header,
 )
 from wspace.zoo.opening import open_zoo
-from wspace.zoo.recipe import Recipe, described, grown, recipe_from
+from wspace.zoo.recipe import Recipe, described, grouping, grown, recipe_from
 from wspace.zoo.shard import HALVES, check_size, committed, read_marker
 
 Progress = Callable[[int, int], object]
@@ -131,7 +131,7 @@ def _prepare(recipe: Recipe, folder: Path, dtype: str | None) -> Header:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions["wspace"] = _version()
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        header = Header(wanted, recipe.cohorts, dtype, versions, now)
+        header = Header(wanted, recipe.cohorts, dtype, versions, now, grouped_by=grouping(recipe))
         write_header(folder, header)
         return header
     if not (folder / HEADER).exists():
@@ -146,6 +146,9 @@ def _prepare(recipe: Recipe, folder: Path, dtype: str | None) -> Header:
     if recipe.cohorts < header.cohorts or (not larger and recipe.cohorts != header.cohorts):
         got = f"{header.cohorts} cohorts in the zoo, {recipe.cohorts} now"
         raise ZooError(message(f"zoo: {folder} was cut otherwise", got=got))
+    if header.grouped_by != grouping(recipe):  # it was begun before the recipe said so
+        header = replace(header, grouped_by=grouping(recipe))
+        write_header(folder, header)
     if larger:
         last = {header.cohorts - 1} & {*shards}
         stale = tuple(sorted({*header.stale, *last}))

@@ -29,6 +29,10 @@ def card(zoo: "Zoo") -> str:
         f"{zoo.path}: {len(zoo):,} networks, {_size(zoo)}",
         f"  recipe   {header.recipe['class']}({fields})",
         f"  cohorts  {_progress(zoo)}",
+        *(
+            [f"  grouped  by {header.grouped_by}: no split parts its values"]
+            * bool(header.grouped_by)
+        ),
         f"  stored   {header.dtype or 'as trained'}{_time(zoo)}",
         f"  made     {header.created} with {versions}",
     ]

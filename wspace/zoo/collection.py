@@ -283,8 +283,9 @@ class Zoo:
                 is in no part.
             val: Likewise, 0.1.
             test: Likewise, 0.1.
-            by: Column whose values stay together, such as the image that an INR was fitted to;
-                None for single networks.
+            by: Column whose values stay together, such as the image that an INR was fitted to; ""
+                for single networks. None takes the saved rule's, else the one that the recipe
+                declares (`Header.grouped_by`).
             seed: Of the hash; 0 unless the rule is saved.
             name: Of the rule.
 
@@ -296,7 +297,8 @@ class Zoo:
                 of one value of `by`.
         """
         asked = {"train": train, "val": val, "test": test, "by": by, "seed": seed}
-        rule = self._rule(name, {key: x for key, x in asked.items() if x is not None})
+        given = {key: x or None if key == "by" else x for key, x in asked.items() if x is not None}
+        rule = self._rule(name, given)
         if rule.fractions is None:
             column = self.column(COLUMN)
             names = [*PARTS, *sorted({*np.unique(column).tolist()} - {*PARTS})]
@@ -305,17 +307,19 @@ class Zoo:
             place = rule.places(self.ids if rule.by is None else self.column(rule.by))
             parts = {part: self[place == at] for at, part in enumerate(PARTS)}
         if rule.by is not None:
-            keys = {part: zoo.column(rule.by) for part, zoo in parts.items()}
+            keys = {part: zoo.column(rule.by) for part, zoo in parts.items() if part}
             if found := leaks(keys):
                 text = f"split: the column {COLUMN!r} parts networks of one {rule.by!r}"
-                raise ZooError(message(text, got=found[:5], help="pass fractions"))
+                help = 'pass fractions, or by="" to part them'
+                raise ZooError(message(text, got=found[:5], help=help))
         return parts
 
     def _rule(self, name: str, asked: Mapping[str, Any]) -> Split:
         """The rule saved under a name, if it is what is asked for; else a new one, saved."""
         saved = read_split(self.path, name)
-        by_column = saved is None and COLUMN in self.table and not {*PARTS} & {*asked}
-        rule = saved or Split(None if by_column else Split.fractions)
+        by_column = COLUMN in self.table and bool(np.isin(PARTS, self.table[COLUMN]).any())
+        by_column = by_column and not {*PARTS} & {*asked}
+        rule = saved or Split(None if by_column else Split.fractions, self.header.grouped_by)
         if {*PARTS} & {*asked}:
             known = dict(zip(PARTS, rule.fractions or Split.fractions or (), strict=True))
             a, b, c = (asked.get(part, known[part]) for part in PARTS)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from wspace.errors import WSpaceError, ZooError, message
-from wspace.zoo.recipe import Cohort, Recipe, generator_of
+from wspace.zoo.recipe import Cohort, Recipe, check_grouping, generator_of
 from wspace.zoo.shard import write_shard
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -48,7 +48,9 @@ def make_cohort(recipe: Recipe, index: int) -> Cohort:
 def commit_cohort(recipe: Recipe, index: int, folder: Path, dtype: str | None) -> int:
     """Makes a cohort and writes its shard; returns its number."""
     with _reproducible(recipe.seed, index):
-        write_shard(folder, index, recipe.cohort(index), dtype)
+        cohort = recipe.cohort(index)
+        check_grouping(recipe, cohort.table)
+        write_shard(folder, index, cohort, dtype)
     return index
 
 

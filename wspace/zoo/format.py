@@ -47,6 +47,8 @@ class Header:
         versions: Of wspace, torch and Python when the zoo was begun.
         created: When that was, in UTC.
         stale: Cohorts that a larger recipe makes again.
+        grouped_by: Column whose values no split parts unless it is told to; None if networks stand
+            alone, and in zoos that were begun before recipes could say it.
     """
 
     recipe: Mapping[str, Any]
@@ -55,6 +57,7 @@ class Header:
     versions: Mapping[str, str]
     created: str
     stale: tuple[int, ...] = ()
+    grouped_by: str | None = None
 
 
 # --- places and whole files -----------------------------------------------------------------------
@@ -186,7 +189,8 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def write_header(folder: Path, header: Header) -> None:
     """Writes `zoo.json`."""
-    data = {key: value for key, value in vars(header).items() if key != "stale" or value}
+    optional = {"stale", "grouped_by"}
+    data = {key: value for key, value in vars(header).items() if key not in optional or value}
     write_json(folder / HEADER, data)
 
 
@@ -195,6 +199,7 @@ def read_header(folder: Path) -> Header:
     path = folder / HEADER
     data = read_json(path)
     try:
+        by = data.get("grouped_by")
         return Header(
             {**data["recipe"]},
             int(data["cohorts"]),
@@ -202,6 +207,7 @@ def read_header(folder: Path) -> Header:
             {**data["versions"]},
             str(data["created"]),
             tuple(map(int, data.get("stale", ()))),
+            None if by is None else str(by),
         )
     except (KeyError, TypeError, ValueError) as error:
         fail(path, f"{type(error).__name__}: {error}", error, help="restore it from a copy")

@@ -53,7 +53,10 @@ class Recipe(Protocol):
     compared (``field(compare=False)``), such as where data lies, are no part of what a zoo is.
     Those named in `grows` may be larger when a zoo is built again: cohorts are then appended, so
     what a cohort holds must not depend on them. (The last cohort may be short; it is made again
-    when the zoo grows.)
+    when the zoo grows.) Where several networks belong together, `grouped_by` names the column that
+    says which, and no split parts them unless it is told to: views of one image, states of one
+    training run. Both are attributes of the class; without them `count` grows, and nothing belongs
+    together.
     """
 
     @property
@@ -73,6 +76,27 @@ class Recipe(Protocol):
             index: Its number, 0 … cohorts - 1.
         """
         ...
+
+
+def grouping(recipe: Recipe) -> str | None:
+    """The column that a recipe declares as `grouped_by`; None where networks stand alone."""
+    return getattr(recipe, "grouped_by", None) or None
+
+
+def check_grouping(recipe: Recipe, table: Mapping[str, Column]) -> None:
+    """Refuses a table without the column that says what belongs together.
+
+    Args:
+        recipe: What made it.
+        table: Of a cohort.
+
+    Raises:
+        ZooError: If the column that the recipe declares is missing.
+    """
+    by = grouping(recipe)
+    if by is not None and by not in table:
+        text = f"recipe: {type(recipe).__name__} makes no column {by!r}, which it is grouped by"
+        raise ZooError(message(text, expected=f"one of {', '.join(table) or '(none)'}"))
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:
