@@ -50,10 +50,9 @@ from wspace.lit.metrics import (
     rank_loss,
     rmse,
 )
-from wspace.lit.models import NAMES, Fitted
+from wspace.lit.models import NAMES, Fitted, Seen
 from wspace.lit.modules import classes_of
 from wspace.lit.predict import in_order, space_for
-from wspace.lit.task import Seen
 from wspace.zoo import Architecture, Cohort, InputSpec, build
 from wspace.zoo.split import leaks
 
@@ -670,10 +669,159 @@ def test_state_finds_its_space(zoos: dict[str, Path], tmp_path: Path) -> None:
     assert space_for(task, {**state, "more": torch.zeros(2)}) is None
     assert space_for(task, {k: x[:1] for k, x in state.items()}) is None
     assert task.seen is not None
-    twice = Seen(task.seen.architectures * 2, task.seen.spaces * 2)
-    task.seen = twice
-    with pytest.raises(SpaceMismatch, match="fits several architectures"):
+    task.others = task.seen  # the same graph, whichever it is
+    assert space_for(task, state) == space
+
+
+def test_equal_shapes_ask_for_code(zoos: dict[str, Path]) -> None:
+    kinds = [
+        Architecture(
+            "datasets_zoo.architectures:cnn",
+            {"channels": 1, "widths": [3, 4], "activation": activation},
+            (InputSpec((1, 1, 8, 8)),),
+        )
+        for activation in ("relu", "tanh")
+    ]
+    task = Classification("GraphMetanet", SMALL["GraphMetanet"])
+    seen = Seen(tuple(kinds), tuple(k.space() for k in kinds))
+    task.seen, task.others = Seen(seen.architectures[:1], seen.spaces[:1]), Seen()
+    state = {p.name: torch.zeros(p.shape) for p in seen.spaces[0].params}
+    assert space_for(task, state) == seen.spaces[0]
+    task.others = Seen(seen.architectures[1:], seen.spaces[1:])
+    match = r"(?s)fit several arch.*cnn\(.*'relu'.*cnn\(.*'tanh'.*--model py:file.py:function"
+    with pytest.raises(SpaceMismatch, match=match):
         space_for(task, state)
+
+
+def test_seen_is_what_was_trained_on(zoos: dict[str, Path], tmp_path: Path) -> None:
+    run = trainer(1, tmp_path)
+    data = ZooDataModule(zoos["two"], batch_size=16, held_out={"family": ["w5"]})
+    task = Prediction("StatNN", SMALL["StatNN"])
+    run.fit(task, datamodule=data)
+    run.test(task, datamodule=data, verbose=False)  # on the others
+    for found in (task, load_task(tmp_path / "last.safetensors")):
+        assert found.seen is not None and found.known is not None
+        assert [a.options["width"] for a in found.seen.architectures] == [4]
+        assert [a.options["width"] for a in found.others.architectures] == [5]
+        assert found.others.spaces == tuple(data.zoo[[30]].spaces[1:])
+    whole = Prediction("StatNN", SMALL["StatNN"])
+    trainer(1).fit(whole, datamodule=ZooDataModule(zoos["two"], batch_size=16))
+    assert whole.seen is not None
+    assert len(whole.seen.spaces) == 2 and not whole.others.spaces
+
+
+def test_editing_of_what_was_held_out(tmp_path: Path) -> None:
+    build(Toys(48, (4, 5), kind="siren"), tmp_path)
+    data = ZooDataModule(tmp_path, batch_size=16, held_out={"family": ["w5"]})
+    task, run = Editing("GraphMetanet", SMALL["GraphMetanet"], side=8), trainer(1)
+    run.fit(task, datamodule=data)
+    (found,) = run.test(task, datamodule=data, verbose=False)
+    assert np.isfinite(found["test/mse"])
+
+
+# --- weights of another task ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def contrastive(zoos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of contrastive trainings, by name of the metanet."""
+    folder = tmp_path_factory.mktemp("contrastive")
+    for name in ("GraphMetanet", "DWSNet", "StatNN"):
+        seed_everything(0, verbose=False)
+        task = Contrastive(name, SMALL[name], dimension=6, optimization=Optimization(lr=1e-2))
+        data = ZooDataModule(zoos["one"], batch_size=16)
+        trainer(2, folder / name).fit(task, datamodule=data)
+    return folder
+
+
+def started(task: Any, path: Path) -> Any:
+    """The task as it is before its first step."""
+    data = ZooDataModule(path, batch_size=16, seed=1)
+    trainer(1, limit_train_batches=0, limit_val_batches=0).fit(task, datamodule=data)
+    return task
+
+
+@pytest.mark.parametrize("name", ["GraphMetanet", "DWSNet", "StatNN"])
+def test_pretrained_body(
+    name: str, zoos: dict[str, Path], contrastive: Path, tmp_path: Path
+) -> None:
+    file = contrastive / name / "last.safetensors"
+    options = {**SMALL[name], "dropout": 0.3}
+    seed_everything(1, verbose=False)
+    before = load_task(file).metanet.state_dict()
+    task = started(Prediction(name, options, pretrained=file), zoos["one"])
+    after = task.metanet.state_dict()
+    assert task.started is not None and {*task.started.loaded} | {*task.started.fresh} == {*after}
+    assert all(torch.equal(after[k], before[k]) for k in task.started.loaded)
+    assert len(task.started.fresh) == 2  # weight and bias of the last layer
+    assert all(after[k].shape != before[k].shape for k in task.started.fresh)
+    assert str(file) in str(task.started) and task.started.fresh[0] in str(task.started)
+    fresh = started(Prediction(name, options), zoos["one"]).metanet.state_dict()  # negative control
+    assert any(not torch.equal(fresh[k], before[k]) for k in task.started.loaded)
+    run = trainer(1, tmp_path)
+    run.fit(task, datamodule=ZooDataModule(zoos["one"], batch_size=16))
+    moved = contrastive / name / "moved.safetensors"
+    file.rename(moved)  # it is not needed any more
+    try:
+        assert equal(load_task(tmp_path / "last.safetensors"), task)
+    finally:
+        moved.rename(file)
+
+
+def test_pretrained_head_of_the_same_size(zoos: dict[str, Path], contrastive: Path) -> None:
+    file = contrastive / "StatNN" / "last.safetensors"
+    task = started(
+        Classification("StatNN", SMALL["StatNN"], classes=6, pretrained=file), zoos["one"]
+    )
+    assert task.started is not None and task.started.fresh == ()
+    assert equal(task.metanet, load_task(file).metanet)
+
+
+def test_pretrained_for_parameters(zoos: dict[str, Path], contrastive: Path) -> None:
+    file = contrastive / "GraphMetanet" / "last.safetensors"
+    task = started(Editing("GraphMetanet", SMALL["GraphMetanet"], pretrained=file), zoos["image"])
+    assert task.started is not None and len(task.started.loaded) > len(task.started.fresh) > 2
+    before = load_task(file).metanet.state_dict()
+    after = task.metanet.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in task.started.loaded)
+    assert all(k.startswith(("head.", "last.", "layers.1.")) for k in task.started.fresh)
+
+
+def test_pretrained_that_does_not_fit(zoos: dict[str, Path], contrastive: Path) -> None:
+    def refused(match: str, name: str, path: str = "one", **options: Any) -> None:
+        file = contrastive / options.pop("file", name) / "last.safetensors"
+        task = Classification(name, {**SMALL[name], **options}, pretrained=file)
+        with pytest.raises(WSpaceError, match=match):
+            started(task, zoos[path])
+
+    refused(r"(?s)another metanet.*StatNN.*got GraphMetanet", "StatNN", file="GraphMetanet")
+    refused(r"(?s)other options.*expected channels = 9.*got channels = 8", "GraphMetanet",
+            channels=9)  # fmt: skip
+    refused(r"(?s)other options.*layers = 3.*layers = 2", "GraphMetanet", layers=3)
+    refused("made for other networks", "DWSNet", "image")
+    refused("made for other networks", "StatNN", "two")
+    own = wspace.nn.StatNN(3)
+    with pytest.raises(WSpaceError, match="the metanet is a module"):
+        Classification(own, pretrained="x.safetensors")
+    missing = Classification("StatNN", pretrained="nowhere.safetensors")
+    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors is no trained metanet"):
+        started(missing, zoos["one"])
+
+
+def test_learned_inputs_do_not_decay(zoos: dict[str, Path]) -> None:
+    for name, options in (
+        ("ProbeOnly", SMALL["ProbeOnly"]),
+        ("GraphMetanet", {**SMALL["GraphMetanet"], "probes": 3}),
+    ):
+        task = started(Classification(name, options), zoos["one"])
+        decay = {
+            id(p): group["weight_decay"]
+            for group in task.configure_optimizers()["optimizer"].param_groups
+            for p in group["params"]
+        }
+        for key, p in task.named_parameters():
+            assert decay[id(p)] == (0.01 if p.dim() > 1 and "probes.input" not in key else 0), key
+        assert any("probes.input" in key and p.dim() > 1 for key, p in task.named_parameters())
 
 
 def test_any_network(zoos: dict[str, Path]) -> None:

@@ -101,6 +101,21 @@ def test_saved_configuration_is_one(
     assert [int(row["row"]) for row in rows] == list(range(96))
 
 
+def test_pretrained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*config(folder, "two", "Prediction"), "--model.pretrained", str(last(folder))]
+    assert main(["fit", *options, "--trainer.max_epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"of {last(folder)} (Classification); fresh: head." in said
+    resolved = yaml.safe_load((run_of(folder, "Prediction") / "config.yaml").read_text("utf-8"))
+    assert resolved["model"]["init_args"]["pretrained"] == str(last(folder))
+    assert main(["fit", *config(folder, "two"), "--trainer.max_epochs", "0"]) == 0
+    assert "pretrained" not in capsys.readouterr().out
+    assert main(["fit", *options, "--model.options.channels", "9"]) == 2
+    assert "has other options\n  expected channels = 9\n  got channels = 8" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

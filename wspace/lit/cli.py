@@ -123,6 +123,7 @@ class TrainingCLI(LightningCLI):
             seen = sys.stderr.isatty()
             kwargs["enable_progress_bar"] = seen
             callbacks.append(TQDMProgressBar() if seen else Lines())
+        callbacks.append(Beginning())
         plugins = given.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(p, SafeCheckpoints) for p in plugins):
@@ -183,6 +184,20 @@ class Lines(Callback):
             found = [f"{k} {float(v):.4f}" for k, v in sorted(trainer.callback_metrics.items())]
             sys.stdout.write(f"epoch {trainer.current_epoch}  {'  '.join(found)}\n")
             sys.stdout.flush()
+
+
+class Beginning(Callback):
+    """A line on the weights that training begins with, where a checkpoint gave them."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes it.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+        """
+        if trainer.is_global_zero and isinstance(pl_module, Task) and pl_module.started:
+            sys.stdout.write(f"{pl_module.started}\n")
 
 
 def write_csv(path: Path, columns: dict[str, Tensor]) -> None:

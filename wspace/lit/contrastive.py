@@ -1,6 +1,7 @@
 """Training without labels: a network is told from others by two changed views of it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Contrastive(Task):
         optimization: Optimiser and learning rate.
         statistics: See `Task`.
         trust: See `Task`.
+        pretrained: See `Task`.
     """
 
     monitor = ("val/loss", "min")
@@ -52,6 +54,7 @@ class Contrastive(Task):
         optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
         statistics: int = 1024,
         trust: Sequence[str] = (),
+        pretrained: str | Path | None = None,
     ) -> None:
         own = {
             "dimension": dimension,
@@ -59,7 +62,9 @@ class Contrastive(Task):
             "target": target,
             "probe_networks": probe_networks,
         }
-        super().__init__(metanet, options, optimization, statistics, trust, own)
+        super().__init__(
+            metanet, options, optimization, statistics, trust, own, pretrained=pretrained
+        )
         usual = (Symmetry(("permutation", "scale", "sign", "phase")), Noise(0.1), Drop(0.1))
         self.augment = list(usual if augment is None else augment)
         self.dimension, self.temperature = dimension, temperature

@@ -7,7 +7,9 @@ list of graphs and answer ``(rows, out)``, one row for each network, in the orde
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -33,7 +35,7 @@ from wspace.nn import (
 )
 from wspace.nn.batch import by_space, stacked
 from wspace.space import WeightSpace
-from wspace.zoo import Architecture
+from wspace.zoo import Architecture, Zoo
 
 GRAPH: dict[str, type[Metanet]] = {
     c.__name__: c for c in (GraphMetanet, NeuralGraphGNN, NeuralGraphTransformer, ScaleGMN)
@@ -56,6 +58,9 @@ NAMES = (*GRAPH, *STATE, *OTHER)
 FOUND = {"self", "space", "module", "example", "inputs", "out", "head"}
 """Parameters that the zoo or the task decides."""
 
+FREE = {"dropout", "stream", "chunk"}
+"""Options that change neither what a weight means nor its shape."""
+
 MORE: dict[str, tuple[str, ...]] = {
     "NeuralGraphTransformer": ("heads",),
     "ScaleGMN": ("bidirectional",),
@@ -77,6 +82,56 @@ class Kinds(Protocol):
     def spaces(self) -> Sequence[WeightSpace]:
         """Their weight spaces, in the same order."""
         ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Architectures without a zoo, as a checkpoint keeps them; see `Kinds`.
+
+    Attributes:
+        architectures: How to build the networks, without weights.
+        spaces: Their weight spaces.
+    """
+
+    architectures: tuple[Architecture, ...] = ()
+    spaces: tuple[WeightSpace, ...] = ()
+
+    @classmethod
+    def of(cls, zoo: Zoo, *, but: Zoo | None = None) -> "Seen":
+        """The architectures of the networks of a zoo, in order.
+
+        Args:
+            zoo: The zoo, or a part of one.
+            but: Another part of it, whose architectures are left out.
+
+        Returns:
+            Those that have a network.
+        """
+        out = set() if but is None else {int(k) for k in but.kind}
+        used = sorted({int(k) for k in zoo.kind} - out)
+        return cls(tuple(zoo.architectures[k] for k in used), tuple(zoo.spaces[k] for k in used))
+
+    def __add__(self, other: "Seen") -> "Seen":
+        return Seen(self.architectures + other.architectures, self.spaces + other.spaces)
+
+    def pairs(self) -> list[tuple[Architecture, WeightSpace]]:
+        """Architectures with their spaces."""
+        return list(zip(self.architectures, self.spaces, strict=True))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Plain data for JSON."""
+        return [
+            {"architecture": json.loads(a.to_json()), "space": json.loads(s.to_json())}
+            for a, s in self.pairs()
+        ]
+
+    @classmethod
+    def from_list(cls, data: Sequence[Mapping[str, Any]]) -> "Seen":
+        """Inverts `to_list`."""
+        return cls(
+            tuple(Architecture.from_json(json.dumps(d["architecture"])) for d in data),
+            tuple(WeightSpace.from_json(json.dumps(d["space"])) for d in data),
+        )
 
 
 @runtime_checkable
@@ -229,10 +284,7 @@ def check_metanet(name: str, options: Mapping[str, Any]) -> None:
                 help=_near(name, NAMES),
             )
         )
-    made = GRAPH.get(name) or STATE.get(name) or OTHER[name]
-    own = inspect.signature(cast(Any, made)).parameters.values()
-    known = {p.name for p in own if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
-    known = (known - FOUND) | set(MORE.get(name, ()))
+    known = {*_defaults(name), *MORE.get(name, ())}
     wrong = [key for key in options if key not in known]
     if wrong:
         raise WSpaceError(
@@ -242,6 +294,38 @@ def check_metanet(name: str, options: Mapping[str, Any]) -> None:
                 help=_near(wrong[0], known),
             )
         )
+
+
+def differing(
+    name: str, one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Options in which two metanets of one name differ, so that weights do not mean the same.
+
+    Args:
+        name: One of `NAMES`.
+        one: Options of `build_metanet`.
+        other: Options of the other.
+
+    Returns:
+        Both values by name of the option; those of `FREE` do not count.
+    """
+    plain = {"probes": 0} if name in GRAPH else {}
+    defaults = {**dict.fromkeys(MORE.get(name, ())), **_defaults(name), **plain}
+    a, b = ({k: _plain(x) for k, x in {**defaults, **given}.items()} for given in (one, other))
+    return {k: (a[k], b[k]) for k in a if k not in FREE and a[k] != b[k]}
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """Options that the signature of a metanet names, and their defaults."""
+    made = GRAPH.get(name) or STATE.get(name) or OTHER[name]
+    own = inspect.signature(cast(Any, made)).parameters.values()
+    kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    return {p.name: p.default for p in own if p.kind in kinds and p.name not in FOUND}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that they are in YAML and JSON."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def fit_statistics(metanet: nn.Module, graphs: Sequence[ParameterGraph]) -> bool:

@@ -1,6 +1,7 @@
 """What metanets are trained for: classification, prediction, editing."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class Classification(Task):
         optimization: Optimiser and learning rate.
         statistics: See `Task`.
         trust: See `Task`.
+        pretrained: See `Task`.
     """
 
     monitor = ("val/accuracy", "max")
@@ -57,9 +59,12 @@ class Classification(Task):
         optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
         statistics: int = 1024,
         trust: Sequence[str] = (),
+        pretrained: str | Path | None = None,
     ) -> None:
         own = {"target": target, "classes": classes, "smoothing": smoothing}
-        super().__init__(metanet, options, optimization, statistics, trust, own)
+        super().__init__(
+            metanet, options, optimization, statistics, trust, own, pretrained=pretrained
+        )
         self.target, self.classes, self.smoothing = target, classes, smoothing
         self.val_metrics = Paired({"accuracy": accuracy})
         self.test_metrics = Paired({"accuracy": accuracy}, resamples=RESAMPLES)
@@ -108,6 +113,7 @@ class Prediction(Task):
         optimization: Optimiser and learning rate.
         statistics: See `Task`.
         trust: See `Task`.
+        pretrained: See `Task`.
 
     Raises:
         ZooError: If `link` and `loss` do not go together.
@@ -127,6 +133,7 @@ class Prediction(Task):
         optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
         statistics: int = 1024,
         trust: Sequence[str] = (),
+        pretrained: str | Path | None = None,
     ) -> None:
         known = {("sigmoid", "bce"), ("sigmoid", "mse"), ("identity", "mse")}
         if (link, loss) not in known:
@@ -137,7 +144,9 @@ class Prediction(Task):
                 )
             )
         own = {"target": target, "link": link, "loss": loss, "rank_weight": rank_weight}
-        super().__init__(metanet, options, optimization, statistics, trust, own)
+        super().__init__(
+            metanet, options, optimization, statistics, trust, own, pretrained=pretrained
+        )
         self.target, self.link, self.kind, self.rank_weight = target, link, loss, rank_weight
         metrics = {"kendall": kendall, "r2": r_squared, "rmse": rmse}
         self.val_metrics = Paired(metrics)
@@ -241,6 +250,7 @@ class Editing(Task):
         optimization: Optimiser and learning rate.
         statistics: See `Task`.
         trust: See `Task`.
+        pretrained: See `Task`.
     """
 
     monitor = ("val/mse", "min")
@@ -255,9 +265,12 @@ class Editing(Task):
         optimization: Optimization = Optimization(),  # noqa: B008  (frozen)
         statistics: int = 1024,
         trust: Sequence[str] = (),
+        pretrained: str | Path | None = None,
     ) -> None:
         own = {"side": side, "radius": radius}
-        super().__init__(metanet, options, optimization, statistics, trust, own)
+        super().__init__(
+            metanet, options, optimization, statistics, trust, own, pretrained=pretrained
+        )
         self.side, self.radius = side, radius
         metrics = {"mse": mean, "unedited_mse": mean_target}
         self.val_metrics, self.test_metrics = Paired(metrics), Paired(metrics, resamples=RESAMPLES)
@@ -295,10 +308,9 @@ class Editing(Task):
 
     def images(self, state: Mapping[str, Tensor], space: WeightSpace) -> Tensor:
         """What networks show, ``(rows, channels, side, side)``."""
-        assert self.seen is not None
+        assert self.known is not None
         if space not in self._modules_by_space:
-            pairs = zip(self.seen.architectures, self.seen.spaces, strict=True)
-            architecture = next(a for a, s in pairs if s == space)
+            architecture = next(a for a, s in self.known.pairs() if s == space)
             self._modules_by_space[space] = architecture.module(trust=self.trust)
         shown = decoded(self._modules_by_space[space], space, state, self.get_buffer("pixels"))
         return shown.mT.unflatten(-1, (self.side, self.side))

@@ -12,8 +12,9 @@ from wspace.graph import ParameterGraph, encode
 from wspace.lit.checkpoint import read
 from wspace.lit.contrastive import Contrastive
 from wspace.lit.data import SpaceBatches
+from wspace.lit.models import Seen
 from wspace.lit.modules import Classification, Editing, Prediction
-from wspace.lit.task import Optimization, Seen, Task
+from wspace.lit.task import Optimization, Task
 from wspace.space import WeightSpace
 from wspace.zoo import Zoo
 
@@ -91,6 +92,7 @@ def _made(
 ) -> Task:
     """The task that a header describes, its metanet with fresh weights."""
     options = dict(found["config"])
+    options.pop("pretrained", None)  # the weights are here
     how = dict(options.pop("optimization"))
     how["betas"] = tuple(how["betas"])
     options["optimization"] = Optimization(**how)
@@ -100,6 +102,7 @@ def _made(
     task = kind(**options)
     task.restore(found["learned"])
     task.seen = Seen.from_list(found["seen"])
+    task.others = Seen.from_list(found.get("others", []))
     task.build()
     return task
 
@@ -188,7 +191,7 @@ def in_order(outputs: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def space_for(task: Task, state: Mapping[str, Tensor]) -> WeightSpace | None:
-    """The weight space, among those a task was trained on, that a state fits.
+    """The weight space, among those of the zoo that a task was trained on, that a state fits.
 
     Args:
         task: From `load_task`.
@@ -201,18 +204,21 @@ def space_for(task: Task, state: Mapping[str, Tensor]) -> WeightSpace | None:
         SpaceMismatch: If several fit, so that the names and shapes do not tell which is meant.
     """
     names = {name for name, x in state.items() if x.is_floating_point()}
-    fits: list[WeightSpace] = []
-    for space in () if task.seen is None else task.seen.spaces:
-        if names <= set(space.by_name) and all(
-            p.name in state and tuple(state[p.name].shape) == p.shape for p in space.params
-        ):
-            fits.append(space)
-    if len(fits) > 1:
+    fits = [
+        (architecture, space)
+        for architecture, space in ([] if task.known is None else task.known.pairs())
+        if names <= set(space.by_name)
+        and all(p.name in state and tuple(state[p.name].shape) == p.shape for p in space.params)
+    ]
+    if len({space for _, space in fits}) > 1:
+        shown = [str(architecture) for architecture, _ in fits[:8]]
         raise SpaceMismatch(
             message(
-                "predict: the state fits several architectures of the zoo",
-                got=[space.summary() for space in fits[:4]],
-                help="name the code of the network (--model on the command line)",
+                "predict: names and shapes of the state fit several architectures of the zoo",
+                got=[*shown, *([f"{len(fits) - 8} more"] if fits[8:] else [])],
+                help="say which by a function of no arguments that returns the network, and its "
+                "inputs: --model py:file.py:function on the command line; in Python, "
+                "predict(task, encode(space, state))",
             )
         )
-    return fits[0] if fits else None
+    return fits[0][1] if fits else None

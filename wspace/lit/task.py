@@ -5,10 +5,11 @@ networks there; both travel in the checkpoint, so that a task read from a file t
 user has as they are.
 """
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, cos, inf, pi
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from wspace.errors import WSpaceError, ZooError, message
 from wspace.graph import ParameterGraph
 from wspace.lit.data import ZooDataModule
-from wspace.lit.models import build_metanet, check_metanet, fit_statistics
-from wspace.space import WeightSpace
-from wspace.zoo import Architecture, Zoo, ZooBatch
+from wspace.lit.models import Seen, build_metanet, check_metanet, fit_statistics
+from wspace.lit.pretrained import Start, start_from
+from wspace.nn import Probes
+from wspace.zoo import Zoo, ZooBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Optimization:
 
     Attributes:
         lr: Largest learning rate.
-        weight_decay: Of weight matrices; vectors (biases, norms, statistics) have none.
+        weight_decay: Of weight matrices; vectors (biases, norms, statistics) and learned inputs
+            (`wspace.nn.Probes`) have none.
         betas: Decay of the two averages.
         warmup: Share of all steps in which the learning rate rises.
         last: Learning rate at the end over the largest.
@@ -60,41 +65,6 @@ class Optimization:
         return self.last + (1 - self.last) * (1 + cos(pi * fall)) / 2
 
 
-@dataclass(frozen=True)
-class Seen:
-    """The architectures that a task was trained on; see `wspace.lit.models.Kinds`.
-
-    Attributes:
-        architectures: How to build the networks, without weights.
-        spaces: Their weight spaces.
-    """
-
-    architectures: tuple[Architecture, ...]
-    spaces: tuple[WeightSpace, ...]
-
-    @classmethod
-    def of(cls, zoo: Zoo) -> "Seen":
-        """The architectures of the networks of a zoo, in order, others left out."""
-        used = sorted({int(k) for k in zoo.kind})
-        return cls(tuple(zoo.architectures[k] for k in used), tuple(zoo.spaces[k] for k in used))
-
-    def to_list(self) -> list[dict[str, Any]]:
-        """Plain data for JSON."""
-        pairs = zip(self.architectures, self.spaces, strict=True)
-        return [
-            {"architecture": json.loads(a.to_json()), "space": json.loads(s.to_json())}
-            for a, s in pairs
-        ]
-
-    @classmethod
-    def from_list(cls, data: Sequence[Mapping[str, Any]]) -> "Seen":
-        """Inverts `to_list`."""
-        return cls(
-            tuple(Architecture.from_json(json.dumps(d["architecture"])) for d in data),
-            tuple(WeightSpace.from_json(json.dumps(d["space"])) for d in data),
-        )
-
-
 class Task(LightningModule):
     """A metanet and what it is trained for.
 
@@ -109,11 +79,19 @@ class Task(LightningModule):
         statistics: Training networks from which the metanet's statistics are taken.
         trust: Packages whose functions an architecture of the zoo may name.
         own: Options of the subclass, as plain values: with them it is made again from a checkpoint.
+        pretrained: Checkpoint of any task with the same metanet, whose weights training begins
+            with, statistics included. A head of another size begins fresh.
+
+    Raises:
+        WSpaceError: If the metanet or an option of it is unknown, or a module is to begin with a
+            checkpoint.
 
     Attributes:
         monitor: Quantity by which the best checkpoint is chosen, and ``"min"`` or ``"max"``.
         out: Length of the metanet's answer, None if it returns parameters.
-        seen: Architectures of the zoo, once known.
+        seen: Architectures that it was trained on, once known.
+        others: Those that the zoo has beside them: held out, or in no training part.
+        started: What was taken from `pretrained`, once it was.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
@@ -126,6 +104,8 @@ class Task(LightningModule):
         statistics: int,
         trust: Sequence[str],
         own: Mapping[str, Any],
+        *,
+        pretrained: str | Path | None = None,
     ) -> None:
         super().__init__()
         named = isinstance(metanet, str)
@@ -134,10 +114,16 @@ class Task(LightningModule):
         self.statistics, self.trust = statistics, tuple(trust)
         if named:
             check_metanet(self.name, self.options)
+        elif pretrained is not None:
+            help = "load the weights into the module before"
+            raise WSpaceError(message("pretrained: the metanet is a module", help=help))
+        self.pretrained = None if pretrained is None else Path(pretrained)
+        self.started: Start | None = None
         self.metanet: nn.Module | None = None if named else metanet
         self.given = not named
         self.out: int | None = None
         self.seen: Seen | None = None
+        self.others = Seen()
         self.fitted = False
         self.config: dict[str, Any] = {
             "metanet": self.name,
@@ -145,6 +131,7 @@ class Task(LightningModule):
             "optimization": asdict(optimization),
             "statistics": statistics,
             "trust": list(trust),
+            "pretrained": None if pretrained is None else str(pretrained),
             **own,
         }
         self.save_hyperparameters(self.config)
@@ -204,7 +191,7 @@ class Task(LightningModule):
         return found
 
     def setup(self, stage: str) -> None:
-        """Makes the metanet for the zoo; before training, takes statistics from it.
+        """Makes the metanet for the zoo; before training, sets its first weights and statistics.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
@@ -216,19 +203,36 @@ class Task(LightningModule):
         if self.trainer.ckpt_path is not None:
             return  # the metanet is made as the checkpoint says, when that is read
         if self.seen is None:
-            self.seen = Seen.of(data.zoo)
+            self.seen = Seen.of(data.parts["train"])
+            self.others = Seen.of(data.zoo, but=data.parts["train"])
         if stage == "fit":
             self.build()
             if not self.fitted:
                 self.learn_targets(data.parts["train"])
-                self.fit_statistics(data.networks("train", self.statistics))
+                if self.pretrained is None:
+                    self.fit_statistics(data.networks("train", self.statistics))
+                else:
+                    self._start(self.pretrained)
 
     def build(self) -> None:
         """Makes the metanet that is named, unless it is there."""
         if self.metanet is None:
             self.metanet = build_metanet(
-                self.name, self.options, self.seen, out=self.out, trust=self.trust
+                self.name, self.options, self.known, out=self.out, trust=self.trust
             )
+
+    @property
+    def known(self) -> Seen | None:
+        """Architectures that the metanet may meet: those it is trained on, and others."""
+        return None if self.seen is None else self.seen + self.others
+
+    def _start(self, path: Path) -> None:
+        assert self.metanet is not None
+        self.started = start_from(
+            path, self.metanet, self.name, self.options, out=self.out, trust=self.trust
+        )
+        self.fitted = True
+        log.info("%s", self.started)
 
     def fit_statistics(self, graphs: Sequence[ParameterGraph]) -> None:
         """Sets the statistics by which the metanet normalises what it reads.
@@ -341,8 +345,10 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with the schedule of `optimization`."""
         how = self.optimization
-        decayed = [p for p in self.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in self.parameters() if p.requires_grad and p.dim() <= 1]
+        inputs = {p for m in self.modules() if isinstance(m, Probes) for p in m.parameters()}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.dim() > 1 and p not in inputs]
+        others = [p for p in trained if p.dim() <= 1 or p in inputs]
         groups = [
             {"params": decayed, "weight_decay": how.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -378,6 +384,7 @@ class Task(LightningModule):
             "module": self.given,
             "learned": self.learned(),
             "seen": [] if self.seen is None else self.seen.to_list(),
+            "others": self.others.to_list(),
         }
         checkpoint["random"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and self.device.type == "cuda":
@@ -389,6 +396,7 @@ class Task(LightningModule):
         if found:
             self.restore(found["learned"])
             self.seen = Seen.from_list(found["seen"])
+            self.others = Seen.from_list(found.get("others", []))
             self.build()
         self.fitted = True
         self._random = checkpoint.get("random", {})
