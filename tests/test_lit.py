@@ -253,8 +253,10 @@ def test_fewer_rows_of_a_space_than_processes_need() -> None:
 
 
 def test_held_out_values_are_there(zoos: dict[str, Path]) -> None:
-    with pytest.raises(ZooError, match=r"(?s)no networks whose 'family' is 'w55'.*'w4', 'w5'"):
+    with pytest.raises(ZooError, match=r"(?s)no network whose 'family' is 'w55'.*'w4', 'w5'"):
         ZooDataModule(zoos["two"], held_out={"family": ["w5", "w55"]}).setup("fit")
+    with pytest.raises(ZooError, match=r"(?s)no network whose 'width' is 6.*one of 4, 5"):
+        ZooDataModule(zoos["two"], where={"width": 6}).setup("fit")
 
 
 # --- augmentations ----------------------------------------------------------------

@@ -167,7 +167,19 @@ def test_columns_and_where(made: Path) -> None:
     assert opened.where(image=[0, 3], good=True).ids.tolist() == ["0/0", "1/2"]
     assert len(opened.where(image={2})) == 2
     assert len(opened.where(name="net, 7\n")) == 1
-    assert len(opened.where()) == 22
+    assert len(opened.where()) == 22 and len(opened.where(image=[])) == 0
+    assert len(opened.where(image=torch.tensor([0, 3]))) == 4 == len(opened.where(image=(0, 3)))
+    for wrong, match in [
+        ({"image": 99}, r"(?s)no network whose 'image' is 99.*one of 0, 1, 2, 3, 4, 5, 6, 7 …"),
+        ({"image": [0, np.int64(98)]}, "whose 'image' is 98"),
+        ({"image": "3"}, r"(?s)whose 'image' is '3'.*did you mean 3, a int"),
+        ({"name": "net"}, "whose 'name' is 'net'"),
+        ({"good": None}, r"(?s)whose 'good' is None.*one of False, True"),
+    ]:
+        with pytest.raises(ZooError, match=match):
+            opened.where(**wrong)
+    with pytest.raises(ZooError, match="there are no networks"):
+        opened[[]].where(image=0)
     with pytest.raises(ZooError, match=r"(?s)no column 'imag'.*did you mean 'image'"):
         opened.where(imag=1)
     with pytest.raises(ValueError, match="read-only"):

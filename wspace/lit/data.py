@@ -23,8 +23,8 @@ from wspace.graph import ParameterGraph
 from wspace.lit.augment import Augment, augmented, generator_of
 from wspace.zoo import Zoo, ZooBatch
 from wspace.zoo import open as open_zoo
-
-PARTS = ("train", "val", "test")
+from wspace.zoo.split import PARTS
+from wspace.zoo.table import check_values
 
 
 class SpaceBatches(DistributedSampler[Any]):
@@ -278,14 +278,7 @@ class ZooDataModule(LightningDataModule):
     def _split(self) -> dict[str, Zoo]:
         rest = np.ones(len(self.zoo), bool)
         for name, values in self.held_out.items():
-            known = np.unique(self.zoo.column(name)).tolist()
-            if unknown := [value for value in values if value not in known]:
-                raise ZooError(
-                    message(
-                        f"data: {self.path} has no networks whose {name!r} is {unknown[0]!r}",
-                        expected=f"{', '.join(map(repr, known[:8]))}{' …' if known[8:] else ''}",
-                    )
-                )
+            check_values(self.zoo.column(name), values, f"data: {self.path}", name)
             rest &= ~np.isin(self.zoo.column(name), values)
         options: dict[str, Any] = {
             "by": self.by,

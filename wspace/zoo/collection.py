@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from wspace.zoo.card import card
 from wspace.zoo.format import Header
 from wspace.zoo.shard import Marker, map_tensors, place
 from wspace.zoo.split import COLUMN, PARTS, Split, leaks, read_split, split_names, write_split
+from wspace.zoo.table import check_values
 
 Index = int | slice | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
 
@@ -188,12 +189,20 @@ class Zoo:
 
         Returns:
             A view.
+
+        Raises:
+            ZooError: If there is no such column, or no network of this view has one of the values.
         """
         keep = np.ones(len(self), dtype=np.bool_)
         for name, value in equal.items():
-            several = isinstance(value, list | tuple | set | frozenset | np.ndarray)
-            values = np.asarray(sorted(value) if isinstance(value, set | frozenset) else value)
-            keep &= np.isin(self.column(name), values if several else values.reshape(1))
+            column = self.column(name)
+            several = isinstance(value, list | tuple | set | frozenset | np.ndarray | Tensor)
+            wanted = [
+                x.item() if isinstance(x, np.generic | Tensor) else x
+                for x in (list(cast(Any, value)) if several else [value])
+            ]
+            check_values(column, wanted, f"zoo: {self.path}", name)
+            keep &= np.isin(column, np.array(wanted, dtype=column.dtype if not wanted else None))
         return self[keep]
 
     def column(self, name: str) -> np.ndarray:

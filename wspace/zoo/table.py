@@ -55,6 +55,33 @@ def column(values: Any, name: str) -> np.ndarray:
     return array.astype(DTYPES[kind or "float"])
 
 
+def check_values(array: np.ndarray, wanted: Sequence[Any], what: str, name: str) -> None:
+    """Refuses values that no row of a column has, another type's among them.
+
+    Args:
+        array: The column.
+        wanted: Values.
+        what: Whose column it is, for the error.
+        name: Of the column.
+
+    Raises:
+        ZooError: If one is not there; lists those that are.
+    """
+    known = np.unique(array).tolist()
+    there = {*known}
+    if unknown := [value for value in wanted if value not in there]:
+        listed = ", ".join(map(repr, known[:8])) + (" …" if known[8:] else "")
+        text = f"{what} has no network whose {name!r} is {unknown[0]!r}"
+        near = [value for value in known if str(value) == str(unknown[0])]
+        raise ZooError(
+            message(
+                text,
+                expected=f"one of {listed}" if known else "nothing: there are no networks",
+                help=f"did you mean {near[0]!r}, a {kind_of(array)}?" if near else "",
+            )
+        )
+
+
 def kind_of(array: np.ndarray) -> str:
     """``"int"``, ``"float"``, ``"bool"`` or ``"str"``."""
     return _KINDS[array.dtype.kind]
