@@ -345,6 +345,35 @@ def test_metrics_agree_with_torchmetrics(generator: torch.Generator) -> None:
     torch.testing.assert_close(rmse(x, y).float(), (x - y).square().mean().sqrt())
 
 
+def test_kendall_is_the_sum_over_pairs(generator: torch.Generator) -> None:
+    def by_pairs(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        dx, dy, w = (x[:, None] - x).sign().double(), (y[:, None] - y).sign().double(), w.double()
+        over, ties_x, ties_y = (
+            torch.einsum("di,ij,dj->d", w, p, w) for p in (dx * dy, dx.square(), dy.square())
+        )
+        return over / (ties_x * ties_y).sqrt()
+
+    for n, levels in ((2, 9), (7, 3), (50, 2), (120, 40), (301, 10**6)):
+        x, y = torch.randint(levels, (2, n), generator=generator).float()
+        rows = torch.randint(n, (30, n), generator=generator)
+        counts = torch.zeros(30, n).scatter_add_(1, rows, torch.ones(30, n))
+        expected = by_pairs(x, y, counts)
+        torch.testing.assert_close(kendall(x, y, counts), expected, rtol=0, atol=1e-12,
+                                   equal_nan=True)  # fmt: skip
+        one = by_pairs(x, y, torch.ones(1, n))[0]
+        torch.testing.assert_close(kendall(x, y), one, rtol=0, atol=1e-12, equal_nan=True)
+    assert kendall(torch.ones(5), torch.arange(5)).isnan()  # constant
+    assert kendall(torch.tensor([0.0, torch.nan, 1]), torch.arange(3)).isnan()
+    assert kendall(torch.ones(1), torch.ones(1), torch.ones(2, 1)).isnan().tolist() == [True] * 2
+    assert float(kendall(torch.arange(9), torch.arange(9))) == pytest.approx(1, abs=1e-12)
+
+
+def test_kendall_of_many_rows_compares_no_pairs() -> None:
+    n = 200_000  # all pairs would be 40 billion numbers
+    x = torch.arange(n).double()
+    assert float(kendall(x, x.flip(0))) == pytest.approx(-1, abs=1e-12)
+
+
 def test_resamples_are_data_sets(generator: torch.Generator) -> None:
     x, y = torch.rand(2, 15, generator=generator)
     rows = torch.randint(15, (4, 15), generator=generator)

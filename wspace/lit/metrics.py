@@ -9,9 +9,13 @@ many of them is too narrow.
 Efron (1979), "Bootstrap Methods: Another Look at the Jackknife".
 """
 
+import math
 from collections.abc import Callable
+from typing import Any, cast
 
+import numpy as np
 import torch
+from scipy.stats import kendalltau
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -44,25 +48,33 @@ def rank_loss(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def kendall(x: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Kendall's τ_b between two columns, for many resamplings at once.
+    """Kendall's τ_b between two columns, for many resamplings of their rows.
+
+    Runs on the CPU, with scipy. A draw of n rows costs n log n: 1,000 draws of 10,000 rows take
+    about 3 s, of 1,000 rows less than 1 s.
 
     Args:
         x: ``(rows,)``.
         y: ``(rows,)``.
-        counts: How often each row is drawn, ``(draws, rows)``; once each if None.
+        counts: How often each row is drawn, ``(draws, rows)``, whole numbers; once each if None.
 
     Returns:
-        ``(draws,)``, float64, NaN where a column is constant; a scalar without `counts`.
+        ``(draws,)``, float64, NaN where a column is constant or holds NaN; a scalar without
+        `counts`.
     """
-    w = torch.ones(1, len(x), device=x.device) if counts is None else counts.float()
-    sums = torch.zeros(3, len(w), dtype=torch.float64, device=x.device)
-    for rows in torch.arange(len(x), device=x.device).split(max(1, BLOCK // max(len(x), 1))):
-        dx = (x[rows, None] - x[None]).sign().float()
-        dy = (y[rows, None] - y[None]).sign().float()
-        for k, pairs in enumerate((dx * dy, dx.square(), dy.square())):
-            sums[k] += ((w @ pairs.T) * w[:, rows]).double().sum(1)
-    tau = sums[0] / (sums[1] * sums[2]).sqrt()
+    ranks = [np.unique(z.detach().cpu().double().numpy(), return_inverse=True)[1] for z in (x, y)]
+    unordered = len(x) < 2 or bool((x.isnan() | y.isnan()).any())
+    draws = torch.ones(1, len(x)) if counts is None else counts.cpu()
+    taus = [
+        math.nan if unordered else _tau(*(np.repeat(rank, often) for rank in ranks))
+        for often in draws.long().numpy()
+    ]
+    tau = torch.tensor(taus, dtype=torch.float64, device=x.device)
     return tau[0] if counts is None else tau
+
+
+def _tau(x: np.ndarray, y: np.ndarray) -> float:
+    return float(cast(Any, kendalltau(x, y)).statistic)
 
 
 def r_squared(x: Tensor, y: Tensor, counts: Tensor | None = None) -> Tensor:
