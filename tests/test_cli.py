@@ -50,6 +50,9 @@ def ordered():
 def deep():
     return nn.Sequential(*(nn.Linear(3, 3) for _ in range(40))), (torch.randn(2, 3),)
 
+def bare():
+    return Sorted()
+
 def useless():
     class Ignores(nn.Module):
         def __init__(self):
@@ -197,6 +200,17 @@ def test_inspect_inputs(run: Runner) -> None:
         assert code == 2 and repr(bad) in err
     code, _, err = run("inspect", "py:net.py:ordered", "--inputs", "7x4")
     assert code == 2 and "trace" in err
+
+
+def test_inputs_for_a_factory_without_any(run: Runner) -> None:
+    assert run("inspect", "py:net.py:bare", "--inputs", "7x3").code == 0
+    code, _, err = run("inspect", "py:net.py:bare")
+    assert code == 2 and "without example inputs" in err and "--inputs" in err
+    state = {"first.weight": torch.randn(5, 3), "first.bias": torch.randn(5)}
+    state |= {"last.weight": torch.randn(2, 5), "last.bias": torch.randn(2)}
+    torch.save(state, "sorted.pt")
+    words = ("inspect", "sorted.pt", "--model", "py:net.py:bare")
+    assert run(*words, "--inputs", "7x3").code == 0 and run(*words).code == 2
 
 
 # --- inspect: checkpoints ---------------------------------------------------

@@ -177,6 +177,9 @@ def test_predict_networks(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert row["probability"] == pytest.approx(float(expected["probability"][30]), abs=1e-6)
     shown = capsys.readouterr().out
     assert "probability" in shown and "mine.pt" in shown
+    note = "read off the names and shapes of the tensors; --model names the real code"
+    assert [row.get("note") for row in rows] == [None, None, None, note, None]
+    assert f"other.safetensors: {note}" in shown and shown.count(note) == 1
 
 
 def test_predict_zoo_beside_the_truth(folder: Path) -> None:

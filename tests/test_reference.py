@@ -431,6 +431,13 @@ def test_py_file(code: Path, name: str) -> None:
     assert sys.path == path
 
 
+@pytest.mark.parametrize("name", "bare strange with_args with_kwargs model instance".split())
+def test_py_with_inputs_that_are_given(code: Path, name: str) -> None:
+    given = (torch.ones(7, 3),)
+    model = resolve(f"py:{code}:{name}", inputs=given)
+    assert model.args is given and not model.kwargs and run(model).shape == (7, 5)
+
+
 def test_py_module_of_the_working_directory(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(code.parent)
     assert run(resolve("py:factories:with_args")).shape == (2, 5)

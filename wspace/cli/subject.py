@@ -102,16 +102,15 @@ def open_subject(
     Raises:
         WSpaceError: If the reference names nothing, or the weights do not fit.
     """
+    given = tuple(example(i) for i in inputs) or None
     if is_reference(text) and not Path(text).exists():
         if model:
             raise WSpaceError(message(f"{text} names a network already", help="leave --model out"))
-        subject = _from_reference(text, meta=meta, seed=seed)
+        subject = _from_reference(text, given, meta=meta, seed=seed)
     else:
-        subject = _from_checkpoint(text, model, key, meta=meta)
+        subject = _from_checkpoint(text, model, key, given, meta=meta)
     if subject.module is None:
         return subject
-    if inputs:
-        subject.args, subject.kwargs = tuple(example(i) for i in inputs), {}
     with working(f"tracing {subject.name}"):
         start = time.perf_counter()
         subject.space = trace(subject.module, subject.args, subject.kwargs)
@@ -146,10 +145,12 @@ def example(text: str) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _from_reference(text: str, *, meta: bool, seed: int) -> Subject:
+def _from_reference(
+    text: str, given: tuple[Tensor, ...] | None, *, meta: bool, seed: int
+) -> Subject:
     with working(f"building {text}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = resolve(text, meta=meta)
+        found = resolve(text, meta=meta, inputs=given)
     args, kwargs = tree_map_only(Tensor, _with_values, (found.args, dict(found.kwargs)))
     return Subject(text, found.module, args, kwargs, found.checkpoint)
 
@@ -159,7 +160,9 @@ def _with_values(tensor: Tensor) -> Tensor:
     return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
 
 
-def _from_checkpoint(text: str, model: str, key: str | None, *, meta: bool) -> Subject:
+def _from_checkpoint(
+    text: str, model: str, key: str | None, given: tuple[Tensor, ...] | None, *, meta: bool
+) -> Subject:
     path = Path(text)
     if not path.exists():
         raise CheckpointError(
@@ -174,7 +177,7 @@ def _from_checkpoint(text: str, model: str, key: str | None, *, meta: bool) -> S
     if not model and (path / "config.json").is_file():
         model = f"hf:{text}"
     if model:
-        found = resolve(model, weights=False, meta=meta)
+        found = resolve(model, weights=False, meta=meta, inputs=given)
         weights = fit_checkpoint(weights, found.module)
         if not meta:
             load_into(found.module, weights)
@@ -185,7 +188,7 @@ def _from_checkpoint(text: str, model: str, key: str | None, *, meta: bool) -> S
     except CheckpointError as error:
         return Subject(text, weights=weights, note=str(error))
     note = "read off the names and shapes of the tensors; --model names the real code"
-    return Subject(text, module, args, {}, weights, note=note)
+    return Subject(text, module, given or args, {}, weights, note=note)
 
 
 def _meant(text: str) -> str:

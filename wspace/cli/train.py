@@ -116,7 +116,7 @@ def _of_zoo(task: "Task", text: str) -> list[dict[str, Any]]:
 def _of_network(task: "Task", text: str, args: argparse.Namespace) -> dict[str, Any]:
     from wspace.lit import predict as ask
 
-    graph = _graph(task, text, args)
+    graph, note = _graph(task, text, args)
     bad = {n: int((~x.isfinite()).sum()) for n, x in graph.values.items()}
     if any(bad.values()):
         found = [f"{number:,} in {name}" for name, number in bad.items() if number]
@@ -127,21 +127,21 @@ def _of_network(task: "Task", text: str, args: argparse.Namespace) -> dict[str, 
         (row,) = _rows([text], ask(task, graph))
     if args.out:
         row["written"] = _write_edited(task, graph, text, Path(args.out))
-    return row
+    return {**row, "note": note} if note else row
 
 
-def _graph(task: "Task", text: str, args: argparse.Namespace) -> ParameterGraph:
-    """The graph of what a word names: a graph file, a checkpoint, or a reference."""
+def _graph(task: "Task", text: str, args: argparse.Namespace) -> tuple[ParameterGraph, str]:
+    """The graph of a graph file, a checkpoint, or a reference, and how it was found if guessed."""
     from wspace.lit.predict import space_for
 
     path = Path(text)
     if is_graph(path):
-        return load_graph(path)
+        return load_graph(path), ""
     if path.exists() and not args.model:
         state = load_checkpoint(path, key=args.key)
         space = space_for(task, state)
         if space is not None:
-            return encode(space, {name: x for name, x in state.items()})  # noqa: C416
+            return encode(space, {name: x for name, x in state.items()}), ""  # noqa: C416
     subject = open_subject(text, model=args.model if path.exists() else "", key=args.key,
                            inputs=args.inputs, seed=args.seed)  # fmt: skip
     if subject.space is None:
@@ -156,7 +156,7 @@ def _graph(task: "Task", text: str, args: argparse.Namespace) -> ParameterGraph:
     state = subject.state
     if subject.weights is None and is_reference(text) and subject.module is not None:
         state = {k: x.detach() for k, x in subject.module.state_dict().items()}
-    return encode(subject.space, state)
+    return encode(subject.space, state), subject.note
 
 
 def _write_edited(task: "Task", graph: ParameterGraph, text: str, folder: Path) -> str:
@@ -180,10 +180,13 @@ def _rows(names: Sequence[str], columns: dict[str, Tensor]) -> list[dict[str, An
 
 
 def _show(out: Console, rows: Sequence[dict[str, Any]], *, everything: bool) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "note"))
     cells = [[_cell(row.get(key, "")) for key in columns] for row in rows]
     heads = [key if key in {"network", "written"} else f">{key}" for key in columns]
     screen.table(out, heads, cells, everything=everything)
+    for row in rows:
+        if "note" in row:
+            out.print(Text(f"{row['network']}: {row['note']}", "yellow"), soft_wrap=True)
 
 
 def _cell(value: Any) -> str:

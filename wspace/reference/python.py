@@ -22,8 +22,8 @@ Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 RETURNS = "a module, (module, args), (module, args, kwargs) or a Model"
 
 
-def from_py(name: str, meta: bool) -> Model:
-    """Model that a factory returns."""
+def from_py(name: str, meta: bool, inputs: tuple[Any, ...] | None = None) -> Model:
+    """Model that a factory returns, on inputs that are given where it gives none."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         expected = "py:package.module:factory or py:path/to/file.py:factory"
@@ -41,7 +41,7 @@ def from_py(name: str, meta: bool) -> Model:
                 )
             factory = getattr(factory, part)
         with building(f"py:{name}", meta):
-            model = _model(_call(factory, name), name)
+            model = _model(_call(factory, name), name, inputs)
     return replace(model, args=_filled(model.args), kwargs=_filled(dict(model.kwargs)))
 
 
@@ -122,9 +122,11 @@ def _call(factory: Any, name: str) -> object:
     return factory()
 
 
-def _model(made: object, name: str) -> Model:
+def _model(made: object, name: str, inputs: tuple[Any, ...] | None) -> Model:
     if isinstance(made, Model):
         return made
+    if isinstance(made, nn.Module) and inputs is not None:
+        return Model(name, made, inputs)
     if isinstance(made, nn.Module):
         return Model(name, made, *_own_inputs(made, name))
     match made:
@@ -150,7 +152,8 @@ def _own_inputs(module: nn.Module, name: str) -> Inputs:
                 f"resolve: py:{name} returns a module without example inputs",
                 expected=RETURNS,
                 got=_describe(module),
-                help="return (module, args), or give the module a method `example_inputs`",
+                help="return (module, args), give the module a method `example_inputs`, or name "
+                "shapes (--inputs 2x3x32x32 on the command line)",
             )
         )
     return _inputs(offered() if callable(offered) else offered, name)

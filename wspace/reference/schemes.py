@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from wspace.errors import CheckpointError, message
 from wspace.reference.huggingface import from_hf
@@ -12,7 +12,11 @@ from wspace.reference.vision import from_timm, from_torchvision
 
 
 def resolve(
-    reference: str, *, weights: bool | Literal["auto"] = "auto", meta: bool = False
+    reference: str,
+    *,
+    weights: bool | Literal["auto"] = "auto",
+    meta: bool = False,
+    inputs: tuple[Any, ...] | None = None,
 ) -> Model:
     """The model that a reference names, with example inputs. The network is never touched.
 
@@ -21,8 +25,9 @@ def resolve(
     - `torchvision:NAME` and `timm:NAME`: a model of that library, untrained.
     - `py:package.module:factory` and `py:path/to/file.py:factory`: what a function of no arguments
       returns: a module, (module, args), (module, args, kwargs), or a Model. A module alone has to
-      offer `example_inputs`, an attribute or a method. **This imports and runs that code**, so name
-      only code that you would run yourself; the working directory counts as a place of modules.
+      offer `example_inputs`, an attribute or a method, unless `inputs` are given. **This imports
+      and runs that code**, so name only code that you would run yourself; the working directory
+      counts as a place of modules.
 
     Args:
         reference: Scheme, colon, name.
@@ -32,6 +37,7 @@ def resolve(
             `wspace.trace` wants them (what a `py:` factory makes is filled). Weights are opened
             (memory-mapped) but not copied into the module; with "auto" not even opened if
             transformers has to rearrange them.
+        inputs: Example inputs by position, in place of the model's own.
 
     Returns:
         The model in eval mode.
@@ -52,7 +58,7 @@ def resolve(
         "hf": lambda name, meta: from_hf(name, meta=meta, weights=weights),
         "torchvision": from_torchvision,
         "timm": from_timm,
-        "py": from_py,
+        "py": lambda name, meta: from_py(name, meta, inputs),
     }
     scheme, colon, name = reference.partition(":")
     if not colon or not name or scheme not in builders:
@@ -73,4 +79,6 @@ def resolve(
             )
         )
     model = builders[scheme](name, meta)
+    if inputs is not None:
+        model = replace(model, args=inputs, kwargs={})
     return replace(model, name=reference, module=model.module.eval())
