@@ -1,0 +1,450 @@
+"""The jumps of a training run: when, how far, kept or not, and a log of them.
+
+`Jumps` follows an optimizer's steps. `Nowcaster` is built on it, and so are the callbacks for
+Lightning and the Hugging Face Trainer, which leave the optimizer as it is.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from wspace.errors import NowcastError, message
+from wspace.nowcast.forecast import Forecast, predictable
+from wspace.nowcast.guard import (
+    Batches,
+    Guard,
+    Kept,
+    copied_buffers,
+    drawn_again,
+    measured,
+    put_buffers,
+    reestimate,
+    statistics,
+    write,
+)
+from wspace.nowcast.history import History
+from wspace.nowcast.predictor import Predictor
+from wspace.nowcast.ranks import Group, Ranks, in_parts, innermost, like_part, own_part
+from wspace.nowcast.schedule import Decay, Horizon, horizon_at
+from wspace.space import WeightSpace
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """When and how to jump.
+
+    Attributes:
+        period: Optimizer steps from jump to jump; a multiple of the predictor's context.
+        context: Past states; the predictor's if None.
+        horizon: How far, in spacings of ``period // context`` steps: always the same, decaying
+            over the run, or a function of the step.
+        total_steps: Optimizer steps of the whole run; needed by horizons that decay.
+        guard: Keeps a jump only if a held loss does not rise. Without, every jump is kept.
+        moments: The optimizer's state of what has moved: ``"keep"``, or ``"reset"`` to none.
+        refresh: Batches to re-estimate BatchNorm's statistics with after every jump, before it is
+            judged; a function gives them anew. Without, no buffer ever changes.
+        history_device: Where past states are kept; beside the parameters if None.
+        history_dtype: As what. With less precision than the parameters', a jump is the movement
+            predicted from rounded states, added to the exact parameters; moves that are small
+            against the rounding are lost.
+        topology: For predictors that know the wiring: ``"traced"`` or ``"published"``.
+        on_error: What follows if a jump fails: ``"skip"`` goes on without it (the first time with a
+            warning, always with an entry in the log), ``"raise"`` raises. The model is as before.
+        process_group: Processes that train the module together; all if None.
+        alone: True if this process trains by itself, whatever other processes there are.
+    """
+
+    period: int = 1000
+    context: int | None = None
+    horizon: Horizon = Decay()
+    total_steps: int | None = None
+    guard: Guard | None = None
+    moments: Literal["keep", "reset"] = "keep"
+    refresh: Batches | None = None
+    history_device: torch.device | str | None = None
+    history_dtype: torch.dtype | None = None
+    topology: str = "traced"
+    on_error: Literal["skip", "raise"] = "skip"
+    process_group: Group = None
+    alone: bool = False
+
+    def checked(self, predictor: Predictor, optimizer: Optimizer) -> "Settings":
+        """These settings for a predictor, or an error that says what is impossible.
+
+        Args:
+            predictor: It says the context, and the longest horizon.
+            optimizer: What is trained with.
+
+        Returns:
+            Settings with the context filled in, and no horizon longer than the predictor's.
+
+        Raises:
+            NowcastError: If a setting is impossible.
+        """
+        context, horizon, wrong = predictor.context, self.horizon, ""
+        if self.context not in {None, context}:
+            wrong = f"context={context}, which {type(predictor).__name__} needs\n" + (
+                f"  got {self.context}"
+            )
+        elif self.period < 1 or self.period % context:
+            wrong = f"a period that is a multiple of the context {context}\n  got {self.period}"
+        elif self.moments not in {"keep", "reset"}:
+            wrong = f"moments of 'keep' or 'reset'\n  got {self.moments!r}"
+        elif self.moments == "reset" and isinstance(optimizer, torch.optim.Adagrad):
+            wrong = "moments='keep': Adagrad sets up its state once, when it is made"
+        elif self.on_error not in {"skip", "raise"}:
+            wrong = f"on_error of 'skip' or 'raise'\n  got {self.on_error!r}"
+        elif isinstance(self.refresh, Iterator):
+            wrong = "batches that can be read again: a list, a loader, or a function\n" + (
+                f"  got a {type(self.refresh).__name__}, which is empty after the first jump"
+            )
+        elif isinstance(horizon, int) and not 0 <= horizon <= predictor.longest:
+            wrong = f"a horizon of 0 to {predictor.longest}\n  got {horizon}"
+        elif self.history_dtype is not None and not self.history_dtype.is_floating_point:
+            wrong = f"a floating-point history\n  got {self.history_dtype}"
+        if wrong:
+            raise NowcastError(message("Nowcaster: impossible settings", expected=wrong))
+        if isinstance(horizon, Decay):
+            horizon = replace(horizon, longest=min(horizon.longest, predictor.longest))
+            horizon_at(horizon, self.period, self.period, self.total_steps)
+        return replace(self, context=context, horizon=horizon)
+
+
+@dataclass(frozen=True)
+class Jump:
+    """One entry of the log.
+
+    Attributes:
+        step: Optimizer steps before it.
+        tried: Horizons tried.
+        horizon: The one that was kept; 0 if none.
+        before: The guard's loss before; None without a guard.
+        after: And after, of the horizon kept, or else of the last tried.
+        seconds: How long it took.
+        reason: ``"accepted"``, or why nothing has moved.
+    """
+
+    step: int
+    tried: tuple[int, ...] = ()
+    horizon: int = 0
+    before: float | None = None
+    after: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+
+class Jumps:
+    """Follows an optimizer's steps, and moves the module's parameters ahead now and then.
+
+    What moves: parameters of the optimizer that are the module's, require gradients, are dense and
+    of a common floating-point type, and were so at every snapshot since the last jump. All others
+    stay as they are (`left_alone` says why); frozen ones are not stored.
+
+    Args:
+        optimizer: Whose steps count.
+        module: The module that is trained; also wrapped by DDP or `torch.compile`.
+        space: Its weight space, for predictors that need the wiring; they trace if None.
+        predictor: Says where parameters are heading.
+        settings: When and how to jump.
+
+    Attributes:
+        step: Optimizer steps so far.
+        log: The jumps so far.
+
+    Raises:
+        NowcastError: If the settings are impossible, or none of the optimizer's parameters is the
+            module's.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        module: nn.Module,
+        space: WeightSpace | None,
+        predictor: Predictor,
+        settings: Settings,
+    ) -> None:
+        self.settings = settings.checked(predictor, optimizer)
+        self.optimizer, self.module = optimizer, innermost(module)
+        self._outer = module
+        self.step, self.log = 0, list[Jump]()
+        self._warned = False
+        self.ranks = Ranks(settings.process_group, alone=settings.alone)
+        self.spacing = settings.period // predictor.context
+        self.history = History(
+            predictor.context - 1, device=settings.history_device, dtype=settings.history_dtype
+        )
+        self._forecast = Forecast(
+            predictor, self.module, space, settings.topology, self.history, self.ranks
+        )
+        if not self._owned():
+            raise NowcastError(
+                message(
+                    "Nowcaster: none of the optimizer's parameters belongs to the module",
+                    expected=f"parameters of this {type(self.module).__name__}",
+                    help="pass the very module that the optimizer was made for, not a copy",
+                )
+            )
+
+    def attach(self) -> RemovableHandle:
+        """Follows the optimizer from now on.
+
+        Steps that a gradient scaler makes it skip do not count.
+
+        Returns:
+            A handle; its ``remove()`` ends it.
+        """
+        return self.optimizer.register_step_post_hook(lambda opt, args, kwargs: self._hook(opt))
+
+    def _hook(self, optimizer: Optimizer) -> None:
+        skipped = getattr(optimizer, "found_inf", None)  # fused optimizers skip by themselves
+        if skipped is None or not float(skipped):
+            self.after_step()
+
+    def after_step(self) -> None:
+        """Counts a step of the optimizer, and does what is due after it."""
+        self.step += 1
+        if self.step % self.spacing:
+            return
+        if self.step % self.settings.period:
+            try:
+                self.history.record(self._recorded())
+            except Exception as error:
+                self.history.clear()
+                self._failed(error, Jump(self.step, reason="the snapshot failed"))
+            return
+        try:
+            self._jump()
+        finally:
+            self.history.clear()
+
+    # ------------------------------------------------------------ which parameters
+
+    def _owned(self) -> dict[str, Tensor]:
+        ours = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return {n: p for n, p in self.module.named_parameters() if id(p) in ours}
+
+    def movable(self) -> dict[str, Tensor]:
+        """Parameters that may move now, by name; shared ones once."""
+        return {n: p for n, p in self._owned().items() if p.requires_grad and not predictable(p)}
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Parameters of the module or the optimizer that do not move, and why."""
+        owned = self._owned()
+        found: dict[str, str] = {}
+        for name, p in self.module.named_parameters():
+            if name not in owned:
+                found[name] = "not in the optimizer"
+            elif why := "frozen" if not p.requires_grad else predictable(p):
+                found[name] = why
+        groups = self.optimizer.param_groups
+        ours = {id(p) for p in owned.values()}
+        for i, group in enumerate(groups):
+            for j, p in enumerate(group["params"]):
+                if id(p) not in ours:
+                    found[f"param_groups[{i}][{j}]"] = "not in the module"
+        return found
+
+    def _recorded(self) -> dict[str, Tensor]:
+        live = self.movable()
+        if not self.ranks.first and not any(in_parts(p) for p in live.values()):
+            return {}  # the first process predicts for all
+        return {n: own_part(p) for n, p in live.items()}
+
+    def _ready(self) -> dict[str, Tensor]:
+        """What may move and has a complete window, the same in all processes."""
+        live = self.movable()
+        ready = [
+            self.history.complete(n, own_part(p)) or not (in_parts(p) or self.ranks.first)
+            for n, p in live.items()
+        ]
+        if self.ranks.several and live:
+            missing = self.ranks.summed(torch.tensor([not r for r in ready], dtype=torch.float64))
+            ready = [not m for m in missing.tolist()]
+        return {n: p for (n, p), r in zip(live.items(), ready, strict=True) if r}
+
+    # ------------------------------------------------------------ one jump
+
+    def _jump(self) -> None:
+        start, entry = time.perf_counter(), Jump(self.step)
+        try:
+            how = self.settings
+            horizon = horizon_at(how.horizon, self.step, how.period, how.total_steps)
+            live = self._ready()
+            if not horizon or not live:
+                entry = replace(
+                    entry, reason="no complete history" if horizon else "the horizon is 0"
+                )
+            else:
+                entry = replace(entry, tried=(horizon,))
+                entry = self._attempted(entry, live, horizon)
+        except Exception as error:
+            entry = replace(entry, seconds=time.perf_counter() - start)
+            self._failed(error, entry)
+            return
+        self.log.append(replace(entry, seconds=time.perf_counter() - start))
+
+    def _attempted(self, entry: Jump, live: dict[str, Tensor], horizon: int) -> Jump:
+        """A jump that either is made whole, or leaves everything as it was."""
+        local = {n: own_part(p) for n, p in live.items()}
+        runs = self.settings.guard is not None or self.settings.refresh is not None
+        kept = Kept(self._outer, local if runs else {}, self.history.device)
+        done = False
+        try:
+            with drawn_again(self._outer):
+                if self.settings.guard is None:
+                    self._move(local, self._forecast(live, horizon))
+                    entry = replace(entry, horizon=horizon, reason="accepted")
+                else:
+                    entry = self._guarded(self.settings.guard, entry, live, kept)
+            done = entry.horizon > 0
+        finally:
+            if not done:
+                kept.put_back()
+        if done and self.settings.moments == "reset":
+            for p in live.values():
+                self.optimizer.state.pop(p, None)
+        return entry
+
+    def _guarded(self, guard: Guard, entry: Jump, live: dict[str, Tensor], kept: Kept) -> Jump:
+        """Moves the module to the horizon that the guard chooses, or says why to none."""
+        local = {n: own_part(p) for n, p in live.items()}
+        before = self._loss(guard)
+        if not guard.accepts(before, before):
+            why = "the held loss is not finite before the jump"
+            return replace(entry, tried=(), before=before, reason=why)
+        tried: list[int] = []
+        best: tuple[float, int, dict[str, Tensor], dict[str, Tensor]] | None = None
+        after = before
+        for k in guard.horizons(entry.tried[0]):
+            if tried:
+                kept.put_back()  # every horizon is predicted from where the model was
+            tried.append(k)
+            values = self._forecast(live, k)
+            self._move(local, values)
+            after = self._loss(guard)
+            if guard.accepts(before, after) and (best is None or after < best[0]):
+                best = after, k, values, copied_buffers(self._outer)
+                if guard.choose == "first":
+                    break
+        entry = replace(entry, tried=tuple(tried), before=before, after=after)
+        if best is None:
+            return replace(entry, reason="the held loss rose")
+        write(local, best[2])
+        put_buffers(self._outer, best[3])
+        return replace(entry, horizon=best[1], after=best[0], reason="accepted")
+
+    def _move(self, local: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        """Writes values, and estimates BatchNorm's statistics for them if that is asked for."""
+        write(local, values)
+        batches = self.settings.refresh
+        if batches is None:
+            return
+        if self.ranks.together(lambda: reestimate(self.module, batches)) and self.ranks.several:
+            for x in statistics(self.module):
+                x.copy_(self.ranks.mean_of(x))
+
+    def _loss(self, guard: Guard) -> float:
+        found = self.ranks.together(lambda: measured(self._outer, guard.loss))
+        return self.ranks.mean(found)
+
+    def _failed(self, error: Exception, entry: Jump) -> None:
+        """Notes an error in the log, then raises it or warns the first time."""
+        head = str(error).partition("\n")[0]
+        reason = f"{entry.reason}: " if entry.reason else ""
+        self.log.append(replace(entry, reason=f"{reason}{type(error).__name__}: {head}"))
+        if self.settings.on_error == "raise":
+            raise error
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                message(
+                    f"Nowcaster: no jump at step {self.step}, training goes on without",
+                    got=f"{type(error).__name__}: {error}",
+                    help="later ones are noted in the log only; on_error='raise' stops there",
+                ),
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------ resumption
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumption needs, for `torch.load(..., weights_only=True)`.
+
+        Tensors are the buffers themselves. With DDP the first process alone holds the history; of
+        parameters in parts it is a `DTensor` laid out as they are.
+
+        Returns:
+            Plain values and tensors.
+        """
+        history = self.history.state_dict()
+        live = dict(self.module.named_parameters())
+        history["tensors"] = {
+            n: [like_part(live[n], x) for x in past]
+            for n, past in history["tensors"].items()
+            if n in live
+        }
+        return {
+            "version": VERSION,
+            "step": self.step,
+            "period": self.settings.period,
+            "context": self.history.size + 1,
+            "warned": self._warned,
+            "history": history,
+            "log": [{**asdict(jump), "tried": list(jump.tried)} for jump in self.log],
+        }
+
+    def restart(self) -> None:
+        """Counts from zero, without a past."""
+        self.history.clear()
+        self.step, self.log, self._warned = 0, [], False
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        With another period or context than before, steps go on and the history starts afresh.
+
+        Args:
+            state: What was saved.
+
+        Raises:
+            NowcastError: If it is of another version, or its history does not fit the module.
+        """
+        if state.get("version") != VERSION:
+            raise NowcastError(
+                message(
+                    "Nowcaster: this saved state cannot be read",
+                    expected=f"version {VERSION}",
+                    got=f"version {state.get('version')!r}",
+                )
+            )
+        live = {n: own_part(p) for n, p in self.module.named_parameters()}
+        saved = {
+            "filled": state["history"]["filled"],
+            "tensors": {
+                n: [own_part(x) for x in past] for n, past in state["history"]["tensors"].items()
+            },
+        }
+        here = self.ranks.first or any(in_parts(p) for p in self.module.parameters())
+        same = (state["period"], state["context"]) == (
+            self.settings.period,
+            self.history.size + 1,
+        )
+        if same and here:
+            self.history.load_state_dict(saved, live)
+        else:
+            self.history.clear()
+        self.step, self._warned = int(state["step"]), bool(state["warned"])
+        entries: list[dict[str, Any]] = state["log"]
+        self.log = [replace(Jump(**entry), tried=tuple(entry["tried"])) for entry in entries]
