@@ -99,6 +99,14 @@ def test_saved_configuration_is_one(
     expected = predict_zoo(load_task(last(folder)), wspace.zoo.open(folder / "two"))
     assert [int(row["label"]) for row in rows] == expected["label"].tolist()
     assert [int(row["row"]) for row in rows] == list(range(96))
+    some = ["--data.where", "{family: w5}", "--data.split_name", "w5"]
+    assert main(["predict", *options, *some, "--trainer.default_root_dir", str(folder / "w5")]) == 0
+    (written,) = (folder / "w5").rglob("predictions.csv")
+    rows = list(csv.DictReader(written.read_text("utf-8").splitlines()))
+    assert [int(row["row"]) for row in rows] == [*range(24, 48), *range(72, 96)]  # of the zoo
+    assert [int(row["label"]) for row in rows] == [
+        int(expected["label"][int(row["row"])]) for row in rows
+    ]
 
 
 def test_pretrained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

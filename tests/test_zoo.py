@@ -162,6 +162,19 @@ def test_bad_indices(made: Path, index: Any) -> None:
         zoo.open(made)[index]
 
 
+def test_rows_of_a_view_are_those_of_the_zoo(made: Path) -> None:
+    opened = zoo.open(made)
+    assert opened.rows.tolist() == list(range(22))
+    view = opened[[13, 4, 20, 7]][[2, 0, 3]]
+    assert view.rows.tolist() == [20, 13, 7]
+    batch = view.batch([0, 2])
+    assert sorted(batch.index.tolist()) == [7, 20]  # by space, as the graphs are
+    loss = torch.from_numpy(np.array(opened.table["loss"]))[batch.index].float()
+    assert torch.equal(batch.table["loss"], loss)
+    for row, name in zip(view.rows, view.ids, strict=True):
+        assert opened.ids[row] == name
+
+
 def test_columns_and_where(made: Path) -> None:
     opened = zoo.open(made)
     assert opened.where(image=[0, 3], good=True).ids.tolist() == ["0/0", "1/2"]

@@ -165,7 +165,8 @@ class TrainingCLI(LightningCLI):
         folder = Path(self.trainer.log_dir or ".")  # all processes have to ask
         if self.trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            write_csv(folder / "predictions.csv", in_order(outputs))
+            rows = torch.cat([o["index"] for o in outputs]).sort().values
+            write_csv(folder / "predictions.csv", in_order(outputs), rows)
             sys.stdout.write(f"wrote {folder / 'predictions.csv'}\n")
 
 
@@ -200,12 +201,13 @@ class Beginning(Callback):
             sys.stdout.write(f"{pl_module.started}\n")
 
 
-def write_csv(path: Path, columns: dict[str, Tensor]) -> None:
+def write_csv(path: Path, columns: dict[str, Tensor], rows: Tensor) -> None:
     """Writes columns, one row for each network; vectors get a column for each entry.
 
     Args:
         path: File to write.
         columns: Columns by name, ``(rows,)`` or ``(rows, n)``.
+        rows: Place of each network in the zoo, ``(rows,)``.
     """
     flat: dict[str, list[float]] = {}
     for name, x in columns.items():
@@ -216,7 +218,7 @@ def write_csv(path: Path, columns: dict[str, Tensor]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow(["row", *flat])
-        out.writerows([i, *values] for i, values in enumerate(zip(*flat.values(), strict=True)))
+        out.writerows(zip(rows.tolist(), *flat.values(), strict=True))
 
 
 def run(words: Sequence[str]) -> int:

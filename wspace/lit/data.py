@@ -365,7 +365,7 @@ class ZooDataModule(LightningDataModule):
             salt: Tells apart what draws for one batch.
 
         Returns:
-            A generator on the CPU that depends on the seed, the epoch and the first row.
+            A generator on the CPU that depends on the seed, the epoch and the first row of the zoo.
         """
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         return generator_of(self.seed, epoch, int(batch.index[0]), salt)

@@ -12,6 +12,7 @@ from math import ceil, cos, inf, pi
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -324,7 +325,9 @@ class Task(LightningModule):
                 )
                 bad[start : start + rows] |= ~finite.reshape(rows).cpu()
             start += rows
-        ids = self.data.parts["train"].ids[batch.index.cpu().numpy()]
+        part = self.data.parts["train"]
+        names = dict(zip(part.rows.tolist(), part.ids.tolist(), strict=True))
+        ids = np.array([names[row] for row in batch.index.tolist()])
         own = [n for n, p in self.named_parameters() if not bool(p.isfinite().all())]
         got = [f"{loss} in batch {batch_idx} of epoch {self.current_epoch}, "
                f"networks {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}"]  # fmt: skip

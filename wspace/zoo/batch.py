@@ -18,7 +18,8 @@ class ZooBatch:
     Attributes:
         graphs: One for each weight space, ``(b, …)`` or with a time axis ``(b, T, …)``.
         table: Columns of numbers, in the order of the graphs: the order a metanet answers in.
-        index: Rows of the zoo, in the same order.
+        index: Rows of the whole zoo that was opened, whichever view of it was read, in the same
+            order.
     """
 
     graphs: list[ParameterGraph]

@@ -7,7 +7,7 @@ view of the same files. Networks are numbered in the order of their cohorts.
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,16 @@ from wspace.zoo.batch import ZooBatch
 from wspace.zoo.card import card
 from wspace.zoo.format import Header
 from wspace.zoo.shard import Marker, map_tensors, place
-from wspace.zoo.split import COLUMN, PARTS, Split, leaks, read_split, split_names, write_split
+from wspace.zoo.split import (
+    COLUMN,
+    PARTS,
+    Split,
+    leaks,
+    read_split,
+    rule_of,
+    split_names,
+    write_split,
+)
 from wspace.zoo.table import check_values
 
 Index = int | slice | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
@@ -52,6 +61,12 @@ class Files:
         """Place in `architectures` of the networks of every shard."""
         place = {digest: k for k, digest in enumerate(self.digests)}
         return np.array([place[m.architecture] for m in self.markers], dtype=np.int64)
+
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """Row of the whole zoo at which each shard begins."""
+        rows = np.array([m.rows for m in self.markers], dtype=np.int64)
+        return np.cumsum(rows) - rows
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -151,6 +166,11 @@ class Zoo:
         """Rules of the splits that are saved beside the zoo."""
         found = {name: read_split(self.path, name) for name in split_names(self.path)}
         return {name: rule for name, rule in found.items() if rule is not None}
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Place of every network in the whole zoo that was opened."""
+        return self._files.firsts[self._shard] + self._row
 
     @property
     def ids(self) -> np.ndarray:
@@ -269,7 +289,7 @@ class Zoo:
             if array.dtype.kind != "U"
         }
         table = {k: x.to(dtype) if x.is_floating_point() else x for k, x in table.items()}
-        return ZooBatch(graphs, table, torch.from_numpy(at))
+        return ZooBatch(graphs, table, torch.from_numpy(self.rows[at]))
 
     def split(
         self,
@@ -307,7 +327,12 @@ class Zoo:
         """
         asked = {"train": train, "val": val, "test": test, "by": by, "seed": seed}
         given = {key: x or None if key == "by" else x for key, x in asked.items() if x is not None}
-        rule = self._rule(name, given)
+        saved = read_split(self.path, name)
+        rule = rule_of(name, saved, given, self.table, self.header.grouped_by)
+        if rule.by is not None:
+            self.column(rule.by)
+        if saved is None and os.access(self.path / "splits", os.W_OK):
+            write_split(self.path, name, rule)
         if rule.fractions is None:
             column = self.column(COLUMN)
             names = [*PARTS, *sorted({*np.unique(column).tolist()} - {*PARTS})]
@@ -322,28 +347,6 @@ class Zoo:
                 help = 'pass fractions, or by="" to part them'
                 raise ZooError(message(text, got=found[:5], help=help))
         return parts
-
-    def _rule(self, name: str, asked: Mapping[str, Any]) -> Split:
-        """The rule saved under a name, if it is what is asked for; else a new one, saved."""
-        saved = read_split(self.path, name)
-        by_column = COLUMN in self.table and bool(np.isin(PARTS, self.table[COLUMN]).any())
-        by_column = by_column and not {*PARTS} & {*asked}
-        rule = saved or Split(None if by_column else Split.fractions, self.header.grouped_by)
-        if {*PARTS} & {*asked}:
-            known = dict(zip(PARTS, rule.fractions or Split.fractions or (), strict=True))
-            a, b, c = (asked.get(part, known[part]) for part in PARTS)
-            rule = replace(rule, fractions=(a, b, c))
-        rule = replace(rule, **{key: asked[key] for key in ("by", "seed") if key in asked})
-        if saved is not None and rule != saved:
-            expected, help = f"what is saved: {saved}", "choose another name"
-            raise ZooError(
-                message(f"split: {name!r} is taken", expected=expected, got=str(rule), help=help)
-            )
-        if rule.by is not None:
-            self.column(rule.by)
-        if saved is None and os.access(self.path / "splits", os.W_OK):
-            write_split(self.path, name, rule)
-        return rule
 
     def verify(
         self,

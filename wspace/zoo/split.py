@@ -8,8 +8,9 @@ and a network stays where it is when others are added.
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,44 @@ class Split:
         text = f"{self.version}\0{self.seed}\0{self.by or ''}\0{value!r}"
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         return int.from_bytes(digest[:6], "big") / 2**48  # exact in a float
+
+
+def rule_of(
+    name: str,
+    saved: Split | None,
+    asked: Mapping[str, Any],
+    table: Mapping[str, np.ndarray],
+    grouped_by: str | None,
+) -> Split:
+    """The rule saved under a name, if it is what is asked for; else a new one.
+
+    Args:
+        name: Of the rule.
+        saved: What is saved under it.
+        asked: Shares by part, `by` and `seed`; those that are not there are left to the rule.
+        table: Of the zoo; a column ``split`` that names a part decides unless shares are asked for.
+        grouped_by: What the zoo's recipe declares.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ZooError: If something else is saved.
+    """
+    by_column = COLUMN in table and bool(np.isin(PARTS, table[COLUMN]).any())
+    by_column = by_column and not {*PARTS} & {*asked}
+    rule = saved or Split(None if by_column else Split.fractions, grouped_by)
+    if {*PARTS} & {*asked}:
+        known = dict(zip(PARTS, rule.fractions or Split.fractions or (), strict=True))
+        a, b, c = (asked.get(part, known[part]) for part in PARTS)
+        rule = replace(rule, fractions=(a, b, c))
+    rule = replace(rule, **{key: asked[key] for key in ("by", "seed") if key in asked})
+    if saved is not None and rule != saved:
+        expected, help = f"what is saved: {saved}", "choose another name"
+        raise ZooError(
+            message(f"split: {name!r} is taken", expected=expected, got=str(rule), help=help)
+        )
+    return rule
 
 
 def leaks(parts: Mapping[str, np.ndarray]) -> list[str]:
