@@ -31,7 +31,7 @@ from wspace.nowcast.guard import (
 )
 from wspace.nowcast.history import History
 from wspace.nowcast.predictor import Predictor
-from wspace.nowcast.ranks import Group, Ranks, in_parts, innermost, like_part, own_part
+from wspace.nowcast.ranks import Group, Ranks, in_parts, innermost, like_part, own_part, reshard
 from wspace.nowcast.schedule import Decay, Horizon, horizon_at
 from wspace.space import WeightSpace
 
@@ -215,6 +215,7 @@ class Jumps:
         self.step += 1
         if self.step % self.spacing:
             return
+        reshard(self.module)
         if self.step % self.settings.period:
             try:
                 self.history.record(self._recorded())
@@ -350,12 +351,19 @@ class Jumps:
         batches = self.settings.refresh
         if batches is None:
             return
-        if self.ranks.together(lambda: reestimate(self.module, batches)) and self.ranks.several:
+        try:
+            count = self.ranks.together(lambda: reestimate(self.module, batches))
+        finally:
+            reshard(self.module)
+        if count and self.ranks.several:
             for x in statistics(self.module):
                 x.copy_(self.ranks.mean_of(x))
 
     def _loss(self, guard: Guard) -> float:
-        found = self.ranks.together(lambda: measured(self._outer, guard.loss))
+        try:
+            found = self.ranks.together(lambda: measured(self._outer, guard.loss))
+        finally:
+            reshard(self.module)
         return self.ranks.mean(found)
 
     def _failed(self, error: Exception, entry: Jump) -> None:

@@ -216,6 +216,22 @@ def layouts(tensors: Iterable[tuple[str, Any]]) -> list[tuple[Any, list[str]]]:
     return list(found.values())
 
 
+def reshard(module: nn.Module) -> None:
+    """Lets go of whole parameters that `fully_shard` may have left after a forward pass.
+
+    They would be used, as they were, in the next pass, whatever is written to the parts.
+
+    Args:
+        module: The module.
+    """
+    found = sys.modules.get("torch.distributed.fsdp")
+    kind: Any = getattr(found, "FSDPModule", ())
+    for m in module.modules():
+        sharded: Any = m
+        if isinstance(sharded, kind):
+            sharded.reshard()
+
+
 def innermost(module: nn.Module) -> nn.Module:
     """The module within wrappers that add a prefix to its parameters' names.
 
