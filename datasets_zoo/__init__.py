@@ -9,6 +9,7 @@ RECIPES = {
     "image_classifiers": "datasets_zoo.classifiers:ImageClassifiers",
     "language_models": "datasets_zoo.language:LanguageModels",
     "trajectories": "datasets_zoo.trajectories:Trajectories",
+    "mixed_trajectories": "datasets_zoo.trajectories:Mixed",
     "untrained": "datasets_zoo.untrained:Untrained",
     "published": "datasets_zoo.published.recipe:Published",
 }

@@ -18,12 +18,14 @@ States have a time axis: ``(network, time, *shape)``, at steps 0, `every`, 2 `ev
 Columns ``loss_00020``: mean training loss of the state at step 20 on the same `judged` training
 examples (windows of text at equal distances), nats. Build with ``dtype="float16"`` for half the
 size.
+
+`Mixed` makes trajectories of several such tasks in turn, for one zoo.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from datasets_zoo.images import standardised
 from datasets_zoo.language import fixed_windows, gpt, log_uniform, text_batches, tokens_of
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, check_options, generator_of
+from wspace.zoo.recipe import Cohort, check_options, generator_of, recipe_from
 from wspace.zoo.train import (
     Batch,
     Training,
@@ -113,6 +115,7 @@ class Trajectories:
         learning_rate: Smallest and largest rate.
         judged: Examples on which losses are measured.
         size: Networks in one cohort.
+        pool: Means of so many pixels by so many take the place of an image's pixels.
     """
 
     network: str = "mlp"
@@ -127,11 +130,12 @@ class Trajectories:
     learning_rate: tuple[float, float] = (1e-3, 1e-2)
     judged: int = 500
     size: int = 16
+    pool: int = 1
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
 
     def __post_init__(self) -> None:
-        check_options(self, "count", "width", "steps", "every", "batch", "judged", "size")
+        check_options(self, "count", "width", "steps", "every", "batch", "judged", "size", "pool")
 
     @property
     def cohorts(self) -> int:
@@ -152,7 +156,7 @@ class Trajectories:
         Raises:
             ZooError: If the network is unknown, or the text too short.
         """
-        task = _task(self.network, self.data, self.root, self.width, self.judged)
+        task = _task(self.network, self.data, self.root, self.width, (self.judged, self.pool))
         generator = generator_of(self.seed, index)
         rate = log_uniform(self.size, *self.learning_rate, generator)
         state = initial_states(lambda: task.make(**task.options), self.size, generator)
@@ -199,7 +203,8 @@ def _judge(
 
 
 @lru_cache(maxsize=4)
-def _task(network: str, data: str, root: str, width: int, judged: int) -> Task:
+def _task(network: str, data: str, root: str, width: int, judged_pool: tuple[int, int]) -> Task:
+    judged, pool = judged_pool
     if network == "language":
         return _language(data, root, width, judged)
     if network not in NETWORKS:
@@ -211,6 +216,7 @@ def _task(network: str, data: str, root: str, width: int, judged: int) -> Task:
             )
         )
     train_x, train_y, test_x, test_y = standardised(data, root or None)
+    train_x, test_x = (nn.functional.avg_pool2d(x, pool) for x in (train_x, test_x))
     shape = train_x.shape[1:]
     if network == "mlp":
         make, options = architectures.mlp, {"inputs": shape.numel(), "hidden": [width, width]}
@@ -263,3 +269,78 @@ def _language(data: str, root: str, width: int, judged: int) -> Task:
         fixed_windows(train, judged, CONTEXT),
         fixed_windows(test, judged, CONTEXT),
     )
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Trajectories of several tasks in one zoo, whose cohorts take turns.
+
+    Attributes:
+        tasks: Options of `Trajectories` that differ from its defaults, as words such as
+            ``"network=cnn data=mnist pool=2"``; those below are not among them. The zoo's column
+            ``task`` holds them.
+        root: Folder of the data of all tasks; no part of what the zoo is.
+        count: Networks of each task.
+        seed: Decides everything that is drawn.
+        steps: Steps of Adam.
+        every: Steps between states.
+        size: Networks in one cohort.
+    """
+
+    tasks: tuple[str, ...] = ("network=mlp data=digits",)
+    root: str = field(default="", compare=False)
+    count: int = 32
+    seed: int = 0
+    steps: int = 2000
+    every: int = 20
+    size: int = 16
+
+    grows: ClassVar[tuple[str, ...]] = ("count",)
+
+    def __post_init__(self) -> None:
+        check_options(self, "count", "steps", "every", "size")
+        if not self.tasks:
+            raise ZooError(message("trajectories: no tasks", expected="at least one"))
+        for index in range(len(self.tasks)):
+            self.recipe(index)
+
+    @property
+    def cohorts(self) -> int:
+        """Number of cohorts."""
+        return len(self.tasks) * -(-self.count // self.size)
+
+    def recipe(self, index: int) -> Trajectories:
+        """The recipe of one task.
+
+        Args:
+            index: Which.
+
+        Returns:
+            The recipe, its seed its own.
+
+        Raises:
+            ZooError: If its words are no options of `Trajectories`.
+        """
+        words = [word.partition("=") for word in self.tasks[index].split()]
+        options = {name: value for name, _, value in words}
+        own = ("root", "count", "seed", "steps", "every", "size")
+        if given := [name for name in own if name in options]:
+            text = f"trajectories: {given[0]!r} is the same for all tasks"
+            raise ZooError(message(text, got=repr(self.tasks[index])))
+        made = cast(Trajectories, recipe_from("datasets_zoo.trajectories:Trajectories", options))
+        seed = int(torch.randint(2**40, (1,), generator=generator_of(self.seed, index)))
+        return replace(made, **{name: getattr(self, name) for name in own} | {"seed": seed})
+
+    def cohort(self, index: int) -> Cohort:
+        """Trains the networks of one cohort.
+
+        Args:
+            index: Which; tasks take turns.
+
+        Returns:
+            As of `Trajectories`, with the column ``task``.
+        """
+        turn, task = divmod(index, len(self.tasks))
+        made = self.recipe(task).cohort(turn)
+        rows = len(next(iter(made.state.values())))
+        return replace(made, table=dict(made.table) | {"task": [self.tasks[task]] * rows})
