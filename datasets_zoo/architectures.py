@@ -5,7 +5,6 @@ under ``torch.device("meta")`` for one without weights. Inputs are ``(batch, cha
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -141,35 +140,58 @@ def depthwise(
     return nn.Sequential(*layers, *_head(width, classes))
 
 
-class _Attention(nn.Module):
-    """Self-attention with plain operators, which `torch.func.vmap` runs side by side."""
+class Attention(nn.Module):
+    """Self-attention with plain operators, which `torch.func.vmap` runs side by side.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: Width of the tokens; `heads` divides it.
+        heads: Number of heads.
+        causal: Whether tokens see no later ones.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(batch, tokens, width)`` that have looked at each other."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        weights = (q @ k.mT * (width // self.heads) ** -0.5).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+        scores = q @ k.mT * (width // self.heads) ** -0.5
+        if self.causal:
+            later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, width))
 
 
-class _Block(nn.Module):
-    """A transformer block with normalisation first."""
+class Block(nn.Module):
+    """A transformer block: attention and a perceptron, each on a normalised copy of the stream.
 
-    EXPAND: ClassVar[int] = 2
+    Args:
+        width: Width of the tokens; `heads` divides it.
+        heads: Attention heads.
+        activation: Between the layers of the perceptron.
+        expand: How many times wider those are.
+        causal: Whether tokens see no later ones.
+    """
 
-    def __init__(self, width: int, heads: int, activation: str) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        activation: nn.Module,
+        *,
+        expand: int = 2,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), _Attention(width, heads)
-        self.norm2, wide = nn.LayerNorm(width), self.EXPAND * width
-        self.mlp = nn.Sequential(
-            nn.Linear(width, wide), ACTIVATIONS[activation](), nn.Linear(wide, width)
-        )
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, causal=causal)
+        self.norm2, wide = nn.LayerNorm(width), expand * width
+        self.mlp = nn.Sequential(nn.Linear(width, wide), activation, nn.Linear(wide, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``(batch, tokens, width)`` after the block."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -216,6 +238,6 @@ def vit(
     return _ViT(
         nn.Conv2d(channels, width, patch, patch),
         (image // patch) ** 2,
-        nn.Sequential(*[_Block(width, heads, activation) for _ in range(blocks)]),
+        nn.Sequential(*[Block(width, heads, ACTIVATIONS[activation]()) for _ in range(blocks)]),
         nn.Linear(width, classes),
     )

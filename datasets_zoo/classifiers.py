@@ -33,7 +33,7 @@ from datasets_zoo import architectures
 from datasets_zoo.images import images
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, check_options, generator_of
+from wspace.zoo.recipe import Cohort, Counted, check_options, generator_of
 from wspace.zoo.train import (
     Trained,
     Training,
@@ -103,7 +103,7 @@ def _data(dataset: str, root: str, grey: bool) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @dataclass(frozen=True)
-class ImageClassifiers:
+class ImageClassifiers(Counted):
     """A zoo of trained classifiers; see the top of this file.
 
     Attributes:
@@ -132,7 +132,6 @@ class ImageClassifiers:
     judged: int = 10_000
     size: int = 32
 
-    grows: ClassVar[tuple[str, ...]] = ("count",)
     grouped_by: ClassVar[str] = "network"
 
     def __post_init__(self) -> None:
@@ -143,11 +142,6 @@ class ImageClassifiers:
             raise ZooError(
                 message("classifiers: no such activation", expected=expected, got=self.activation)
             )
-
-    @property
-    def cohorts(self) -> int:
-        """Number of cohorts."""
-        return -(-self.count // self.size)
 
     def cohort(self, index: int) -> Cohort:
         """Trains the networks of one cohort.
@@ -175,7 +169,7 @@ class ImageClassifiers:
         if self.activation:
             options["activation"] = self.activation
         optimizer = draw(("adam", "sgd"))
-        count = min(self.size, self.count - index * self.size)
+        count = self.rows(index)
         meta = self._hyper_parameters(optimizer, generator)
         make = getattr(architectures, factory)
         state = initial_states(lambda: make(**options), self.size, generator)

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from datasets_zoo.images import Images, images
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, check_options, generator_of
+from wspace.zoo.images import grid
+from wspace.zoo.recipe import Cohort, Counted, check_options, generator_of
 from wspace.zoo.train import Training, train_many
 
 SHIFT = 0.5
@@ -77,12 +78,6 @@ def siren_init(
             x = torch.empty(count, *shape).uniform_(-most, most, generator=generator)
             state[f"layers.{i}.{name}"] = x
     return state
-
-
-def grid(height: int, width: int) -> Tensor:
-    """Coordinates of all pixels, row by row, ``(height * width, 2)`` in [-1, 1]."""
-    lines = [torch.linspace(-1, 1, n) for n in (height, width)]
-    return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, 1)
 
 
 class SirenGradient:
@@ -156,7 +151,7 @@ def _shuffled(dataset: str, root: str) -> tuple[Tensor, Tensor, list[str]]:
 
 
 @dataclass(frozen=True)
-class ImageINRs:
+class ImageINRs(Counted):
     """A zoo of SIRENs, one for each view of an image; see the top of this file.
 
     Attributes:
@@ -187,16 +182,10 @@ class ImageINRs:
     target_db: float = 40.0
     size: int = 500
 
-    grows: ClassVar[tuple[str, ...]] = ("count",)
     grouped_by: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
         check_options(self, "count", "views", "steps", "size")
-
-    @property
-    def cohorts(self) -> int:
-        """Number of cohorts."""
-        return -(-self.count // self.size)
 
     def cohort(self, index: int) -> Cohort:
         """Fits the networks of one cohort.
@@ -221,13 +210,13 @@ class ImageINRs:
                     help="set `count`, or more `views`",
                 )
             )
-        ids = torch.arange(index * self.size, min((index + 1) * self.size, self.count))
+        ids = index * self.size + torch.arange(self.rows(index))
         image, view = ids // self.views, ids % self.views
         generator = generator_of(self.seed, index)
         sizes = (2, *self.hidden, pixels.shape[-1])
         state = siren_init(self.size, sizes, self.omega, generator)
         state = {name: x[: len(ids)] for name, x in state.items()}
-        x = grid(*pixels.shape[1:3])
+        x = grid(pixels.shape[1], pixels.shape[2])
         y = pixels[image].flatten(1, 2).float() / 255
         fitted, error, taken = self._fit(state, x, y, sizes)
         architecture = Architecture(

@@ -26,10 +26,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from datasets_zoo.architectures import Block
 from datasets_zoo.text import Tokenizer, text
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, check_options, generator_of
+from wspace.zoo.recipe import Cohort, Counted, check_options, generator_of
 from wspace.zoo.train import (
     Batch,
     Trained,
@@ -52,39 +53,6 @@ RANGES = {
 WARMUP, CLIP = 20, 1.0
 
 
-class _Attention(nn.Module):
-    """Causal self-attention with plain operators, which `torch.func.vmap` runs side by side."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
-        scores = q @ k.mT * (width // self.heads) ** -0.5
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
-
-
-class _Block(nn.Module):
-    """Attention and a perceptron, each on a normalised copy of the stream."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), _Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class GPT(nn.Module):
     """A transformer that predicts the next token; see the top of this file.
 
@@ -103,7 +71,10 @@ class GPT(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(context, width))
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, nn.GELU(approximate="tanh"), expand=4, causal=True)
+            for _ in range(blocks)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for matrix in (self.token.weight, self.head.weight):
@@ -178,7 +149,7 @@ def pick(choices: Sequence[Item], generator: torch.Generator) -> Item:
 
 
 @dataclass(frozen=True)
-class LanguageModels:
+class LanguageModels(Counted):
     """A zoo of small language models; see the top of this file.
 
     Attributes:
@@ -213,16 +184,10 @@ class LanguageModels:
     judged: int = 128
     size: int = 16
 
-    grows: ClassVar[tuple[str, ...]] = ("count",)
     grouped_by: ClassVar[str] = "network"
 
     def __post_init__(self) -> None:
         check_options(self, "count", "steps", "checkpoints", "context", "batch", "judged", "size")
-
-    @property
-    def cohorts(self) -> int:
-        """Number of cohorts."""
-        return -(-self.count // self.size)
 
     def cohort(self, index: int) -> Cohort:
         """Trains the networks of one cohort.
@@ -250,7 +215,7 @@ class LanguageModels:
         saved_at = meta["steps"][:, None] * torch.arange(1, self.checkpoints + 1)
         saved_at = saved_at // self.checkpoints
         done = self._train(module, options, meta, saved_at, generator)
-        count = min(self.size, self.count - index * self.size)
+        count = self.rows(index)
         rows = torch.arange(count).repeat_interleave(self.checkpoints)
         states = {name: x[:count].flatten(0, 1) for name, x in done.saved.items()}
         table: dict[str, Any] = {name: x[rows] for name, x in meta.items()}

@@ -29,7 +29,7 @@ The definitions are this file's; those of the paper differ in detail.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log2
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ from torch.func import functional_call, vmap
 
 from datasets_zoo.language import log_uniform, pick
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, check_options, generator_of
+from wspace.zoo.images import grid
+from wspace.zoo.recipe import Cohort, Counted, check_options, generator_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -79,7 +80,7 @@ def perceptron(
 
 
 @dataclass(frozen=True)
-class Untrained:
+class Untrained(Counted):
     """A zoo of random networks; see the top of this file.
 
     Attributes:
@@ -104,15 +105,8 @@ class Untrained:
     grid: int = 32
     size: int = 250
 
-    grows: ClassVar[tuple[str, ...]] = ("count",)
-
     def __post_init__(self) -> None:
         check_options(self, "count", "grid", "size")
-
-    @property
-    def cohorts(self) -> int:
-        """Number of cohorts."""
-        return -(-self.count // self.size)
 
     def cohort(self, index: int) -> Cohort:
         """Draws the networks of one cohort.
@@ -133,7 +127,7 @@ class Untrained:
         architecture = Architecture(
             "datasets_zoo.untrained:perceptron", options, (InputSpec((1, 2)),)
         )
-        count = min(self.size, self.count - index * self.size)
+        count = self.rows(index)
         magnitude = log_uniform(self.size, *self.magnitude, generator)
         module = architecture.module()
         state = {
@@ -149,8 +143,7 @@ class Untrained:
 
     def _values(self, module: nn.Module, state: dict[str, Tensor]) -> Tensor:
         """Every function on the grid, ``(count, grid, grid)`` in float64."""
-        line = torch.linspace(-1, 1, self.grid, dtype=torch.float64)
-        points = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).flatten(0, 1)
+        points = grid(self.grid, self.grid, torch.float64)
         exact = {name: x.double() for name, x in state.items()}
         run = vmap(lambda values: functional_call(module, values, (points,)))
         with torch.no_grad():

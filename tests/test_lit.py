@@ -40,7 +40,6 @@ from wspace.lit import (
 )
 from wspace.lit.checkpoint import resume_file
 from wspace.lit.contrastive import nt_xent, ridge
-from wspace.lit.images import decoded, dilated, grid
 from wspace.lit.metrics import (
     Paired,
     accuracy,
@@ -54,6 +53,7 @@ from wspace.lit.models import NAMES, Fitted, Seen
 from wspace.lit.modules import classes_of
 from wspace.lit.predict import in_order, space_for
 from wspace.zoo import Architecture, Cohort, InputSpec, build
+from wspace.zoo.images import decoded, dilated, grid
 from wspace.zoo.split import leaks
 
 SMALL: dict[str, dict[str, Any]] = {

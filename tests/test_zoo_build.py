@@ -24,7 +24,7 @@ from zoo_recipes import Dying, Given, Toy
 from wspace import zoo
 from wspace.cli import main
 from wspace.errors import MissingExtra, ZooError
-from wspace.zoo import Cohort, cluster
+from wspace.zoo import Cohort, Counted, cluster
 from wspace.zoo.engine import make_cohort
 from wspace.zoo.recipe import described, grown, recipe_from
 
@@ -231,6 +231,21 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
     assert not grown(old, old, ("count",))
     with pytest.raises(ZooError, match="only nothing may be larger"):
         grown(old, new, ())
+
+
+def test_cohorts_of_a_count() -> None:
+    @dataclass(frozen=True)
+    class Some(Counted):
+        count: int
+        size: int = 4
+        seed: int = 0
+
+    for count, rows in ((1, [1]), (4, [4]), (9, [4, 4, 1])):
+        recipe = Some(count)
+        assert [recipe.rows(k) for k in range(recipe.cohorts)] == rows
+    assert Some.grows == ("count",) and described(Some(3))["fields"] == {  # type: ignore[arg-type]
+        "count": 3, "size": 4, "seed": 0
+    }  # fmt: skip
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

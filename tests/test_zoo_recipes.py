@@ -12,9 +12,10 @@ from torch.func import functional_call
 import wspace
 from datasets_zoo.classifiers import FAMILIES, ImageClassifiers
 from datasets_zoo.images import images
-from datasets_zoo.inr import ImageINRs, Siren, SirenGradient, grid, siren_init
+from datasets_zoo.inr import ImageINRs, Siren, SirenGradient, siren_init
 from wspace.errors import ZooError
 from wspace.testing import assert_close, assert_same
+from wspace.zoo.images import grid
 from wspace.zoo.recipe import Cohort, grouping, recipe_from
 from wspace.zoo.train import Training, train_many, vmapped
 

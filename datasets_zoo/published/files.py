@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,38 @@ class Group:
     architecture: Architecture
     count: int
     load: Load
+
+
+class Entry(NamedTuple):
+    """A checkpoint: its file and its row of the table."""
+
+    path: Path
+    row: dict[str, Any]
+
+
+def group_of(
+    architecture: Architecture, entries: Sequence[Entry], read: Callable[[Path], Any]
+) -> Group:
+    """Checkpoints of one architecture; those with NaN are left out when they are read.
+
+    Args:
+        architecture: What they are.
+        entries: Their files and rows.
+        read: Gives the state of a file.
+
+    Returns:
+        The group.
+    """
+    like = shapes_of(architecture)
+
+    def load(rows: range) -> tuple[State, dict[str, Any]]:
+        chosen = [entries[i] for i in rows]
+        paths = [entry.path for entry in chosen]
+        state = stacked([state_of(read(path), path) for path in paths], like, paths)
+        table = {name: [entry.row[name] for entry in chosen] for name in chosen[0].row}
+        return finite(state, table)
+
+    return Group(architecture, len(entries), load)
 
 
 def torch_file(path: Path) -> Any:

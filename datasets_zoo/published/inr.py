@@ -50,8 +50,8 @@ from datasets_zoo.published.files import (
 )
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
+from wspace.zoo.split import PARTS
 
-PARTS = ("train", "val", "test")
 VALIDATION, TEST = 45_000, 50_000
 """First image of these parts in NFN's data."""
 

@@ -35,14 +35,11 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from datasets_zoo.published.files import (
+    Entry,
     Group,
-    State,
-    finite,
+    group_of,
     json_of,
     nothing_found,
-    shapes_of,
-    stacked,
-    state_of,
     torch_file,
 )
 from wspace.errors import ZooError, message
@@ -113,13 +110,6 @@ def model_zoo_cnn(
     return ModelZooCNN(design, channels, nlin, dropout)
 
 
-class _Entry(NamedTuple):
-    """A checkpoint: its file, the number of its network, its row of the table."""
-
-    path: Path
-    row: dict[str, Any]
-
-
 def groups(root: Path, last: bool) -> list[Group]:
     """Networks of a folder, a group for each configuration of network.
 
@@ -150,7 +140,7 @@ def groups(root: Path, last: bool) -> list[Group]:
                 "<network>/result.json and <network>/checkpoint_<epoch>/checkpoints",
             )
         )
-    found: dict[str, tuple[Architecture, list[_Entry]]] = {}
+    found: dict[str, tuple[Architecture, list[Entry]]] = {}
     for number, trial in enumerate(trials):
         results = trial / "result.json"
         lines = json_of(results, lines=True) if results.is_file() else []
@@ -159,7 +149,7 @@ def groups(root: Path, last: bool) -> list[Group]:
         entries = _entries(trial, config, lines, number)
         key = architecture.to_json()
         found.setdefault(key, (architecture, []))[1].extend(entries[-1:] if last else entries)
-    return [_group(*item) for _, item in sorted(found.items()) if item[1]]
+    return [group_of(*item, torch_file) for _, item in sorted(found.items()) if item[1]]
 
 
 def _trials(root: Path) -> list[Path]:
@@ -203,17 +193,17 @@ def _architecture(config: dict[str, Any], trial: Path) -> Architecture:
 
 def _entries(
     trial: Path, config: dict[str, Any], lines: list[dict[str, Any]], number: int
-) -> list[_Entry]:
+) -> list[Entry]:
     """Checkpoints of a network in the order of epochs."""
     by_epoch = {int(line.get("training_iteration", -1)): line for line in lines}
-    found: list[_Entry] = []
+    found: list[Entry] = []
     for path in trial.glob("checkpoint_*/checkpoints"):
         epoch = re.fullmatch(r"checkpoint_(\d+)", path.parent.name)
         if epoch is None:
             continue
         row = {"network": number, "epoch": int(epoch[1])}
         row |= _measured(by_epoch.get(int(epoch[1]), {})) | _drawn(config)
-        found.append(_Entry(path, row))
+        found.append(Entry(path, row))
     return sorted(found, key=lambda entry: entry.row["epoch"])
 
 
@@ -244,16 +234,3 @@ def _drawn(config: dict[str, Any]) -> dict[str, Any]:
         name: float(config.get(key, float("nan"))) for name, key in numbers.items()
     }
     return drawn | {name: str(config.get(key, "")) for name, key in words.items()}
-
-
-def _group(architecture: Architecture, entries: list[_Entry]) -> Group:
-    like = shapes_of(architecture)
-
-    def load(rows: range) -> tuple[State, dict[str, Any]]:
-        chosen = [entries[i] for i in rows]
-        paths = [entry.path for entry in chosen]
-        state = stacked([state_of(torch_file(path), path) for path in paths], like, paths)
-        table = {name: [entry.row[name] for entry in chosen] for name in chosen[0].row}
-        return finite(state, table)
-
-    return Group(architecture, len(entries), load)

@@ -27,29 +27,26 @@ split by ``network`` if there is no list.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from datasets_zoo.published.files import (
+    Entry,
     Group,
-    State,
     column,
-    finite,
+    group_of,
     json_of,
     known_files,
     nothing_found,
-    shapes_of,
-    stacked,
-    state_of,
     torch_file,
 )
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
+from wspace.zoo.split import PARTS
 
 SIDE = 32
-PARTS = ("train", "val", "test")
 LISTS = ("channels", "kernel_size", "stride", "padding", "residual", "activation")
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -129,13 +126,6 @@ def wild_cnn(
     )
 
 
-class _Entry(NamedTuple):
-    """A checkpoint: its file and its row of the table."""
-
-    path: Path
-    row: dict[str, Any]
-
-
 def groups(root: Path, last: bool) -> list[Group]:
     """Networks of a folder, a group for each architecture; every file is read once to know it.
 
@@ -156,7 +146,7 @@ def groups(root: Path, last: bool) -> list[Group]:
         )
     splits = _splits(root, paths)
     numbers = {folder: i for i, folder in enumerate(dict.fromkeys(p.parent.parent for p in paths))}
-    found: list[tuple[Architecture, _Entry]] = []
+    found: list[tuple[Architecture, Entry]] = []
     for path in paths:
         content = _content(path)
         architecture = _architecture(content["config"], path)
@@ -167,27 +157,18 @@ def groups(root: Path, last: bool) -> list[Group]:
             "layers": len(architecture.options["kernel_size"]),
             "split": splits.get(path, ""),
         }
-        found.append((architecture, _Entry(path, row)))
+        found.append((architecture, Entry(path, row)))
     if last:
         found.sort(key=lambda item: item[1].row["epoch"])
         found = list({item[1].row["network"]: item for item in found}.values())
-    together: dict[str, tuple[Architecture, list[_Entry]]] = {}
+    together: dict[str, tuple[Architecture, list[Entry]]] = {}
     for architecture, entry in sorted(found, key=lambda item: item[1].path):
         together.setdefault(architecture.to_json(), (architecture, []))[1].append(entry)
-    return [_group(*item) for _, item in sorted(together.items())]
+    return [group_of(*item, _model) for _, item in sorted(together.items())]
 
 
-def _group(architecture: Architecture, entries: list[_Entry]) -> Group:
-    like = shapes_of(architecture)
-
-    def load(rows: range) -> tuple[State, dict[str, Any]]:
-        chosen = [entries[i] for i in rows]
-        paths = [entry.path for entry in chosen]
-        state = stacked([state_of(_content(p)["model"], p) for p in paths], like, paths)
-        table = {name: [entry.row[name] for entry in chosen] for name in chosen[0].row}
-        return finite(state, table)
-
-    return Group(architecture, len(entries), load)
+def _model(path: Path) -> Any:
+    return _content(path)["model"]
 
 
 def _architecture(config: object, path: Path) -> Architecture:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wspace.lit.augment import Augment, Drop, Noise, Symmetry, augmented
-from wspace.lit.metrics import Paired, accuracy
-from wspace.lit.modules import RESAMPLES, classes_of, finish
-from wspace.lit.task import Optimization, Task
+from wspace.lit.metrics import accuracy
+from wspace.lit.modules import Measured, classes_of
+from wspace.lit.task import Optimization
 from wspace.zoo import Zoo, ZooBatch
 
 
-class Contrastive(Task):
+class Contrastive(Measured):
     """Representations without labels: two changed views of one network shall be told from others.
 
     The metanet's answer is the representation; a small perceptron on it, used in training only,
@@ -73,8 +73,7 @@ class Contrastive(Task):
         self.project = nn.Sequential(
             nn.Linear(dimension, wide), nn.SiLU(), nn.Linear(wide, dimension)
         )
-        self.val_metrics = Paired({"probe_accuracy": accuracy})
-        self.test_metrics = Paired({"probe_accuracy": accuracy}, resamples=RESAMPLES)
+        self.measure({"probe_accuracy": accuracy})
         self._probe: Tensor | None = None
 
     def prepare(self, zoo: Zoo) -> int:
@@ -90,9 +89,8 @@ class Contrastive(Task):
             for k in (1, 2)
         ]
         if stage != "train" and self._probe is not None and self.target is not None:
-            metrics = self.val_metrics if stage == "val" else self.test_metrics
             scores = _with_one(self(batch.graphs).float()) @ self._probe
-            metrics.update(scores.argmax(1), batch.table[self.target].long())
+            self.metrics_of(stage).update(scores.argmax(1), batch.table[self.target].long())
         return nt_xent(views[0].float(), views[1].float(), self.temperature)
 
     def on_validation_epoch_start(self) -> None:
@@ -106,12 +104,12 @@ class Contrastive(Task):
     def on_validation_epoch_end(self) -> None:
         """Logs what the linear classifier reaches."""
         if self._probe is not None:
-            finish(self, "val", self.val_metrics)
+            super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
         """Logs what the linear classifier reaches, with its interval."""
         if self._probe is not None:
-            finish(self, "test", self.test_metrics)
+            super().on_test_epoch_end()
 
     def _fit_probe(self) -> None:
         if self.target is None:

@@ -1,6 +1,6 @@
 """What metanets are trained for: classification, prediction, editing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from wspace.errors import ZooError, message
 from wspace.lit.data import column
-from wspace.lit.images import decoded, dilated, grid
 from wspace.lit.metrics import (
     Paired,
     accuracy,
@@ -25,11 +24,37 @@ from wspace.lit.metrics import (
 from wspace.lit.task import Optimization, Task
 from wspace.space import WeightSpace
 from wspace.zoo import Zoo, ZooBatch
+from wspace.zoo.images import decoded, dilated, grid
 
 RESAMPLES = 1000
 
 
-class Classification(Task):
+class Measured(Task):
+    """Base of tasks that log metrics of all networks of a stage, in tests with intervals."""
+
+    def measure(self, metrics: Mapping[str, Callable[..., Tensor]]) -> None:
+        """Chooses the metrics; for a subclass's ``__init__``.
+
+        Args:
+            metrics: Functions such as `wspace.lit.metrics.kendall` by name.
+        """
+        self.val_metrics = Paired(dict(metrics))
+        self.test_metrics = Paired(dict(metrics), resamples=RESAMPLES)
+
+    def metrics_of(self, stage: str) -> Paired:
+        """The metrics of validation or of tests."""
+        return self.val_metrics if stage == "val" else self.test_metrics
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of all networks."""
+        finish(self, "val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of all networks, with intervals."""
+        finish(self, "test", self.test_metrics)
+
+
+class Classification(Measured):
     """Networks into classes, by cross entropy: the digit that an image network shows, say.
 
     Logs ``accuracy``, in tests with a 95 % interval.
@@ -66,8 +91,7 @@ class Classification(Task):
             metanet, options, optimization, statistics, trust, own, pretrained=pretrained
         )
         self.target, self.classes, self.smoothing = target, classes, smoothing
-        self.val_metrics = Paired({"accuracy": accuracy})
-        self.test_metrics = Paired({"accuracy": accuracy}, resamples=RESAMPLES)
+        self.measure({"accuracy": accuracy})
 
     def prepare(self, zoo: Zoo) -> int:
         """Number of classes; checks the labels."""
@@ -80,25 +104,13 @@ class Classification(Task):
             self.metrics_of(stage).update(logits.argmax(1), labels)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
 
-    def metrics_of(self, stage: str) -> Paired:
-        """The metrics of validation or of tests."""
-        return self.val_metrics if stage == "val" else self.test_metrics
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the metrics of all networks."""
-        finish(self, "val", self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the metrics of all networks, with intervals."""
-        finish(self, "test", self.test_metrics)
-
     def columns(self, answer: Tensor) -> dict[str, Tensor]:
         """Class, and its probability."""
         probability, label = answer.float().softmax(-1).max(-1)
         return {self.target: label, "probability": probability}
 
 
-class Prediction(Task):
+class Prediction(Measured):
     """A number for each network: test accuracy or generalisation gap.
 
     Logs Kendall's τ_b, R² and the root mean squared error, in tests with 95 % intervals.
@@ -148,9 +160,7 @@ class Prediction(Task):
             metanet, options, optimization, statistics, trust, own, pretrained=pretrained
         )
         self.target, self.link, self.kind, self.rank_weight = target, link, loss, rank_weight
-        metrics = {"kendall": kendall, "r2": r_squared, "rmse": rmse}
-        self.val_metrics = Paired(metrics)
-        self.test_metrics = Paired(metrics, resamples=RESAMPLES)
+        self.measure({"kendall": kendall, "r2": r_squared, "rmse": rmse})
         self.first = {"center": 0.0, "spread": 1.0}
 
     def prepare(self, zoo: Zoo) -> int:
@@ -215,24 +225,12 @@ class Prediction(Task):
             loss = loss + self.rank_weight * rank_loss(scores, target)
         return loss
 
-    def metrics_of(self, stage: str) -> Paired:
-        """The metrics of validation or of tests."""
-        return self.val_metrics if stage == "val" else self.test_metrics
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the metrics of all networks."""
-        finish(self, "val", self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the metrics of all networks, with intervals."""
-        finish(self, "test", self.test_metrics)
-
     def columns(self, answer: Tensor) -> dict[str, Tensor]:
         """The predicted target."""
         return {self.target: self.predicted(answer[:, 0])}
 
 
-class Editing(Task):
+class Editing(Measured):
     """Networks that show images into networks that show the dilated images.
 
     The metanet returns parameters. Both the given and the edited network are decoded on the pixel
@@ -245,7 +243,7 @@ class Editing(Task):
     Args:
         metanet: See `Task`; a graph metanet, ``DWSNet``, ``NFN`` or ``UNF``.
         options: Options of the metanet.
-        side: Height and width in pixels; coordinates as in `wspace.lit.images.grid`.
+        side: Height and width in pixels; coordinates as in `wspace.zoo.images.grid`.
         radius: Pixels by which bright parts grow.
         optimization: Optimiser and learning rate.
         statistics: See `Task`.
@@ -272,8 +270,7 @@ class Editing(Task):
             metanet, options, optimization, statistics, trust, own, pretrained=pretrained
         )
         self.side, self.radius = side, radius
-        metrics = {"mse": mean, "unedited_mse": mean_target}
-        self.val_metrics, self.test_metrics = Paired(metrics), Paired(metrics, resamples=RESAMPLES)
+        self.measure({"mse": mean, "unedited_mse": mean_target})
         self.register_buffer("pixels", grid(side, side), persistent=False)
         self._modules_by_space: dict[WeightSpace, nn.Module] = {}
 
@@ -302,8 +299,7 @@ class Editing(Task):
             losses.append((shown - target).square().flatten(1).mean(1))
             if stage != "train":
                 before = (given - target).square().flatten(1).mean(1)
-                metrics = self.val_metrics if stage == "val" else self.test_metrics
-                metrics.update(losses[-1], before)
+                self.metrics_of(stage).update(losses[-1], before)
         return torch.cat(losses).mean()
 
     def images(self, state: Mapping[str, Tensor], space: WeightSpace) -> Tensor:
@@ -314,14 +310,6 @@ class Editing(Task):
             self._modules_by_space[space] = architecture.module(trust=self.trust)
         shown = decoded(self._modules_by_space[space], space, state, self.get_buffer("pixels"))
         return shown.mT.unflatten(-1, (self.side, self.side))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the error of all networks."""
-        finish(self, "val", self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the error of all networks, with its interval."""
-        finish(self, "test", self.test_metrics)
 
     def columns(self, answer: Any) -> dict[str, Tensor]:
         """Root mean square of the edited network's weights."""

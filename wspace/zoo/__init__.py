@@ -13,6 +13,7 @@ from wspace.zoo.collection import Zoo as Zoo
 from wspace.zoo.opening import open_zoo as open_zoo
 from wspace.zoo.recipe import Cohort as Cohort
 from wspace.zoo.recipe import Column as Column
+from wspace.zoo.recipe import Counted as Counted
 from wspace.zoo.recipe import Recipe as Recipe
 from wspace.zoo.recipe import generator_of as generator_of
 from wspace.zoo.recipe import recipe_from as recipe_from

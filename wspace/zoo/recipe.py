@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Protocol, Union, cast, get_args, get_origin
+from typing import Any, ClassVar, Literal, Protocol, Union, cast, get_args, get_origin
 from typing import get_type_hints as hints_of
 
 import numpy as np
@@ -76,6 +76,34 @@ class Recipe(Protocol):
             index: Its number, 0 … cohorts - 1.
         """
         ...
+
+
+class Counted:
+    """Base of recipes of `count` networks, `size` of them in a cohort, the last one perhaps short.
+
+    A subclass is a frozen dataclass with these two fields among its own.
+    """
+
+    count: int
+    size: int
+
+    grows: ClassVar[tuple[str, ...]] = ("count",)
+
+    @property
+    def cohorts(self) -> int:
+        """Number of cohorts."""
+        return -(-self.count // self.size)
+
+    def rows(self, index: int) -> int:
+        """Number of networks in a cohort.
+
+        Args:
+            index: Number of the cohort.
+
+        Returns:
+            `size`, or what is left for the last one.
+        """
+        return min(self.size, self.count - index * self.size)
 
 
 def grouping(recipe: Recipe) -> str | None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from wspace.space import WeightSpace
 
 
-def grid(height: int, width: int) -> Tensor:
+def grid(height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """Coordinates (row, column) of all pixels, row by row, ``(height * width, 2)``.
 
     The first and the last pixel of each axis are at -1 and 1, as `datasets_zoo.inr` fits them.
@@ -18,11 +18,12 @@ def grid(height: int, width: int) -> Tensor:
     Args:
         height: Pixels from top to bottom.
         width: Pixels from left to right.
+        dtype: Of the coordinates.
 
     Returns:
         The coordinates.
     """
-    lines = [torch.linspace(-1, 1, n) for n in (height, width)]
+    lines = [torch.linspace(-1, 1, n, dtype=dtype) for n in (height, width)]
     return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, 1)
 
 
