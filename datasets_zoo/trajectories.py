@@ -35,7 +35,7 @@ from datasets_zoo.images import standardised
 from datasets_zoo.language import fixed_windows, gpt, log_uniform, text_batches, tokens_of
 from wspace.errors import ZooError, message
 from wspace.zoo.architecture import Architecture, InputSpec
-from wspace.zoo.recipe import Cohort, check_options, generator_of, recipe_from
+from wspace.zoo.recipe import Cohort, Counted, check_options, generator_of, recipe_from
 from wspace.zoo.train import (
     Batch,
     Training,
@@ -99,7 +99,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trajectories:
+class Trajectories(Counted):
     """A zoo of training trajectories; see the top of this file.
 
     Attributes:
@@ -132,15 +132,8 @@ class Trajectories:
     size: int = 16
     pool: int = 1
 
-    grows: ClassVar[tuple[str, ...]] = ("count",)
-
     def __post_init__(self) -> None:
         check_options(self, "count", "width", "steps", "every", "batch", "judged", "size", "pool")
-
-    @property
-    def cohorts(self) -> int:
-        """Number of cohorts."""
-        return -(-self.count // self.size)
 
     def cohort(self, index: int) -> Cohort:
         """Trains the networks of one cohort.
@@ -166,7 +159,7 @@ class Trajectories:
         batches = task.batches(self.size, self.batch, generator)
         how = Training(self.steps, rate)
         done = train_many(state, vmapped(module.train(), batches, _loss), how, save_at=steps)
-        count = min(self.size, self.count - index * self.size)
+        count = self.rows(index)
         states = {name: x[:count] for name, x in done.saved.items()}
         table = {"learning_rate": rate[:count], "diverged": done.diverged[:count]}
         table |= _judge(module.eval(), states, steps, task)
