@@ -127,12 +127,24 @@ def augmented(
     return out
 
 
-def generator_of(*numbers: int) -> torch.Generator:
-    """A generator that depends on some whole numbers and on nothing else."""
+def stream(*numbers: int) -> torch.Generator:
+    """A generator that depends on some whole numbers and on nothing else.
+
+    Not that of a cohort (`wspace.zoo.generator_of`): what is drawn from it is in no file.
+
+    Args:
+        numbers: A seed, and what tells apart what is drawn with it.
+
+    Returns:
+        A fresh generator on the CPU.
+    """
     seed = 0
     for n in numbers:
         seed = (seed * 6364136223846793005 + n + 1442695040888963407) % (1 << 63)
     return torch.Generator().manual_seed(seed)
+
+
+generator_of = stream  # its name before; wspace.lit.nowcasting still says it
 
 
 def _near(graph: ParameterGraph, generator: torch.Generator) -> torch.Generator:

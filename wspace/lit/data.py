@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 
 from wspace.errors import ZooError, message
 from wspace.graph import ParameterGraph
-from wspace.lit.augment import Augment, augmented, generator_of
+from wspace.lit.augment import Augment, augmented, stream
 from wspace.zoo import Zoo, ZooBatch
 from wspace.zoo import open as open_zoo
 from wspace.zoo.split import PARTS
@@ -69,7 +69,7 @@ class SpaceBatches(DistributedSampler[Any]):
         if not self.shuffle:
             batches = [b for rows, n in self._cuts() for b in rows.tensor_split(n)]
         else:
-            g = generator_of(self.seed, self.epoch)
+            g = stream(self.seed, self.epoch)
             batches = [
                 b
                 for rows, n in self._cuts()
@@ -291,7 +291,7 @@ class ZooDataModule(LightningDataModule):
         if self.held_out:
             parts["test"] = self.zoo[~rest]
         if self.limit is not None and self.limit < len(parts["train"]):
-            generator = generator_of(self.seed, 1)
+            generator = stream(self.seed, 1)
             chosen = torch.randperm(len(parts["train"]), generator=generator)[: self.limit]
             parts["train"] = parts["train"][chosen.sort().values]
         return parts
@@ -368,7 +368,7 @@ class ZooDataModule(LightningDataModule):
             A generator on the CPU that depends on the seed, the epoch and the first row of the zoo.
         """
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        return generator_of(self.seed, epoch, int(batch.index[0]), salt)
+        return stream(self.seed, epoch, int(batch.index[0]), salt)
 
     def networks(self, part: str, count: int, seed: int = 0) -> list[ParameterGraph]:
         """Graphs of some networks of a part, for statistics.
@@ -386,7 +386,7 @@ class ZooDataModule(LightningDataModule):
     def batch(self, part: str, count: int, seed: int = 0) -> ZooBatch:
         """Some networks of a part with their table, chosen as in `networks`."""
         zoo = self.parts[part]
-        rows = torch.randperm(len(zoo), generator=generator_of(seed, 2))[:count].sort().values
+        rows = torch.randperm(len(zoo), generator=stream(seed, 2))[:count].sort().values
         return _Rows(zoo, self.time).batch(rows.tolist())
 
 
