@@ -2,7 +2,7 @@
 
 - `ZooDataModule` gives batches of a zoo; `wspace.lit.augment` changes them in training.
 - `Classification`, `Prediction`, `Editing` and `Contrastive` are tasks; each makes its metanet by
-  name (`build_metanet`) for the zoo it meets.
+  name (`build_metanet`) for the zoo it meets. `Nowcasting` trains predictors of future states.
 - `load_task` reads a trained task, `predict` and `predict_zoo` ask it.
 
 This package alone imports Lightning, and nothing else imports this package at import time.
@@ -21,8 +21,11 @@ from wspace.lit.models import build_metanet as build_metanet
 from wspace.lit.modules import Classification as Classification
 from wspace.lit.modules import Editing as Editing
 from wspace.lit.modules import Prediction as Prediction
+from wspace.lit.nowcast import NowcastCallback as NowcastCallback
+from wspace.lit.nowcasting import Nowcasting as Nowcasting
 from wspace.lit.predict import load_task as load_task
 from wspace.lit.predict import predict as predict
 from wspace.lit.predict import predict_zoo as predict_zoo
 from wspace.lit.task import Optimization as Optimization
 from wspace.lit.task import Task as Task
+from wspace.lit.windows import Windows as Windows

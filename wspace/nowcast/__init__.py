@@ -4,6 +4,7 @@ Predictors say what a state will be some time from now, given the last few.
 """
 
 from wspace.nowcast.guard import Guard as Guard
+from wspace.nowcast.huggingface import trainer_callback as trainer_callback
 from wspace.nowcast.jumps import Jump as Jump
 from wspace.nowcast.jumps import Jumps as Jumps
 from wspace.nowcast.jumps import Settings as Settings

@@ -1,0 +1,345 @@
+"""The nowcaster in Lightning and in the Hugging Face Trainer: same jumps, and resumption."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MeanMetric
+
+from tests.test_nowcaster import Shift, assert_equal, net, snapshot
+from wspace.errors import NowcastError
+from wspace.lit import NowcastCallback
+from wspace.nowcast import Decay, Guard, Jump, LinearFit, Nowcaster, trainer_callback
+from wspace.nowcast.huggingface import load, save
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*litlogger"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled"),
+]
+
+
+def points(count: int, seed: int) -> TensorDataset:
+    g = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(count, 3, generator=g), torch.randn(count, 2, generator=g))
+
+
+class Toy(LightningModule):
+    """A net with dropout and batch normalisation, trained automatically or by hand."""
+
+    def __init__(
+        self, *, manual: bool = False, returns: str = "loss", wrap: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.model = net()
+        self.automatic_optimization = not manual
+        self.returns, self.wrap = returns, wrap
+        self.mean = MeanMetric()
+        self.path: list[dict[str, Tensor]] = []
+        self.seen: list[float] = []
+
+    def _loss(self, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(self.model(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        if not self.automatic_optimization:
+            self.manual_backward(loss / 2)
+            if batch_idx % 2:
+                optimizer: Any = self.optimizers()
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.path.append(snapshot(self.model))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self._loss(batch)
+        assert not self.model.training
+        self.mean.update(loss)
+        self.log("val/loss", loss)
+        self.log_dict({"val/mean": loss * 2})
+        return {"loss": loss, "dict": {"loss": loss}, "none": None}[self.returns]
+
+    def on_validation_epoch_end(self) -> None:
+        self.seen.append(float(self.mean.compute()))
+        self.mean.reset()
+
+    def configure_optimizers(self) -> Any:
+        base: Any = torch.optim.Adam(self.model.parameters(), lr=0.02)
+        if self.wrap is not None:
+            base = Nowcaster(base, self.model, **self.wrap)
+        schedule = torch.optim.lr_scheduler.StepLR(base, 4, gamma=0.8)
+        return {"optimizer": base, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def fit(
+    module: Toy,
+    folder: Path,
+    callbacks: list[Any],
+    *,
+    steps: int,
+    ckpt_path: Any = None,
+    batch: int = 8,
+    **options: Any,
+) -> Trainer:
+    seed_everything(0, verbose=False)
+    options = {"accumulate_grad_batches": 1} | options
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, callbacks=callbacks,
+        default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+    train = DataLoader(points(64, 1), batch_size=batch)
+    valid = DataLoader(points(30, 2), batch_size=10, shuffle=True)
+    trainer.fit(module, train, valid, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+JUMPS: dict[str, Any] = {"period": 5, "horizon": 3}
+
+
+@pytest.mark.parametrize(("manual", "accumulate"), [(False, 1), (False, 2), (False, 4), (True, 1)])
+def test_lightning_jumps_after_real_steps(tmp_path: Path, manual: bool, accumulate: int) -> None:
+    """The same path as that of a nowcaster made by the module itself."""
+    paths: list[Toy] = []
+    for wrap in (None, {"predictor": LinearFit(), **JUMPS}):
+        module = Toy(manual=manual, wrap=wrap)
+        callback = NowcastCallback(LinearFit(), module="model", **JUMPS)
+        callbacks = [] if wrap else [callback]
+        fit(module, tmp_path, callbacks, steps=12, accumulate_grad_batches=accumulate)
+        paths.append(module)
+        if not wrap:
+            assert [(j.step, j.horizon) for j in callback.jumps] == [(5, 3), (10, 3)]
+    assert len(paths[0].path) == 12 * (2 if manual else accumulate)
+    for a, b in zip(paths[0].path, paths[1].path, strict=True):
+        assert_equal(a, b)
+    plain = Toy(manual=manual)
+    fit(plain, tmp_path, [], steps=12, accumulate_grad_batches=accumulate)
+    same = [
+        all(torch.equal(a[n], b[n]) for n in a)
+        for a, b in zip(plain.path, paths[0].path, strict=True)
+    ]
+    micro = 2 if manual else accumulate
+    assert same == [True] * (5 * micro - 1) + [False] * (7 * micro + 1)
+
+
+def test_lightning_logs_jumps_and_decays_over_the_trainers_steps(tmp_path: Path) -> None:
+    logged: list[tuple[int, float]] = []
+
+    class Watch(Toy):
+        def log_dict(self, dictionary: Any, *args: Any, **options: Any) -> None:
+            if "nowcast/horizon" in dictionary:
+                logged.append((self.global_step, dictionary["nowcast/horizon"]))
+            super().log_dict(dictionary, *args, **options)
+
+    callback = NowcastCallback(LinearFit(), module="model", period=5)
+    trainer = fit(Watch(), tmp_path, [callback], steps=20)
+    assert logged == list(zip([5, 10, 15, 20], Decay().table(20, 5), strict=True))
+    assert trainer.logged_metrics["nowcast/horizon"] == 1
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks  # nothing is left behind
+
+
+@pytest.mark.parametrize("returns", ["loss", "dict", "none", "function"])
+def test_lightning_judges_by_the_validation_loss(tmp_path: Path, returns: str) -> None:
+    """Mean of the first batches, and no trace in metrics, modes or generators."""
+    module, other = Toy(returns=returns), Toy(returns=returns)
+    if returns == "function":
+        module, other = Toy(), Toy()
+
+    def judge(m: Any) -> Tensor:
+        assert not torch.is_grad_enabled()
+        return m._loss(points(10, 5)[:])
+
+    callback = NowcastCallback(
+        Shift(5.0), module="model", held=judge if returns == "function" else 2,
+        monitor="val/loss" if returns == "none" else None, guard={"attempts": 2}, **JUMPS,
+    )  # fmt: skip
+    fit(module, tmp_path, [callback], steps=16, val_check_interval=4)
+    fit(other, tmp_path, [], steps=16, val_check_interval=4)
+    assert [(j.tried, j.horizon) for j in callback.jumps] == [((3, 1), 0)] * 3
+    assert module.seen == other.seen
+    assert len(module.seen) >= 4
+    for a, b in zip(module.path, other.path, strict=True):
+        assert_equal(a, b)
+    assert all(j.before is not None and j.after is not None for j in callback.jumps)
+    assert callback.jumps[0].after > callback.jumps[0].before
+
+
+def test_lightning_says_what_it_misses(tmp_path: Path) -> None:
+    with pytest.raises(NowcastError, match="guard and held"):
+        NowcastCallback(LinearFit(), held=2, guard=Guard(lambda: 0.0))
+    with pytest.raises(NowcastError, match="guard and held"):
+        NowcastCallback(LinearFit(), guard={"attempts": 2})
+    with pytest.raises(TypeError, match="perio"):
+        NowcastCallback(LinearFit(), perio=2)
+    callback = NowcastCallback(LinearFit(), module="model", held=2, on_error="raise", **JUMPS)
+    with pytest.raises(NowcastError, match=r"gives no loss[\s\S]*'val/loss', 'val/mean'"):
+        fit(Toy(returns="none"), tmp_path, [callback], steps=6)
+
+
+@pytest.mark.parametrize("stop", [3, 5, 8, 9])
+@pytest.mark.parametrize("how", ["callback", "optimizer"])
+def test_lightning_resumes_bit_identically(tmp_path: Path, stop: int, how: str) -> None:
+    def run(steps: int, ckpt_path: Any = None) -> tuple[Toy, Trainer, list[Jump]]:
+        options = {**JUMPS, "horizon": Decay(9), "total_steps": 16}
+        module = Toy(wrap={"predictor": LinearFit(), **options} if how == "optimizer" else None)
+        module.model[3].p = 0.0  # generators are the trainer's business
+        callback = NowcastCallback(
+            LinearFit(), module="model", held=2, guard={"tolerance": 0.5}, **options
+        )
+        callbacks = [callback] if how == "callback" else []
+        trainer = fit(module, tmp_path, callbacks, steps=steps, ckpt_path=ckpt_path, batch=64)
+        jumps = callback.jumps if callbacks else trainer.optimizers[0].jumps
+        return module, trainer, jumps
+
+    whole, _, jumps = run(16)
+    _, trainer, _ = run(stop)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    resumed, _, again = run(16, tmp_path / "saved.ckpt")
+    for a, b in zip(whole.path[stop:], resumed.path, strict=True):
+        assert_equal(a, b)
+    assert [j.step for j in jumps] == [5, 10, 15]
+    assert any(j.horizon for j in jumps)
+    without = [[(j.step, j.tried, j.horizon, j.before, j.after) for j in x] for x in (jumps, again)]
+    assert without[0] == without[1]
+
+
+# --- Hugging Face -------------------------------------------------------------
+
+
+class Pairs(Dataset[dict[str, Tensor]]):
+    def __init__(self, count: int, seed: int) -> None:
+        self.x, self.y = points(count, seed).tensors
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"x": self.x[i], "labels": self.y[i]}
+
+
+class Regression(nn.Module):
+    """What the trainer takes: a module that gives its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = net(dropout=0.0)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.model(x)
+        return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
+
+
+def hf(
+    folder: Path, *, steps: int, resume: Any = None, how: str = "callback", accumulate: int = 1,
+    **options: Any,
+) -> tuple[Regression, Any, list[Jump]]:  # fmt: skip
+    from transformers import Trainer as HFTrainer
+    from transformers import TrainingArguments
+
+    torch.manual_seed(0)
+    model = Regression()
+    options = {**JUMPS, **options}
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, save_steps=1,
+        learning_rate=0.02, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=100,
+        gradient_accumulation_steps=accumulate, lr_scheduler_type="constant", save_strategy="steps",
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    given: dict[str, Any] = {}
+    nowcaster: Any = None
+    if how == "callback":
+        nowcaster = trainer_callback(LinearFit(), **options)
+        given["callbacks"] = [nowcaster]
+    elif how == "optimizers":
+        base = torch.optim.AdamW(model.parameters(), lr=0.02)
+        nowcaster = Nowcaster(base, model, None, LinearFit(), **options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(nowcaster, lambda s: 1 / (1 + 0.1 * s))
+        given["optimizers"] = (nowcaster, schedule)
+    trainer = HFTrainer(model=model, args=args, train_dataset=Pairs(32, 1), **given)
+    trainer.train(resume_from_checkpoint=resume)
+    return model, trainer, [] if nowcaster is None else nowcaster.jumps
+
+
+def brief(jumps: list[Jump]) -> list[Any]:
+    return [(j.step, j.tried, j.horizon, j.before, j.after) for j in jumps]
+
+
+@pytest.mark.parametrize("how", ["callback", "optimizers"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_hf_jumps_after_real_steps_and_resumes(tmp_path: Path, how: str, accumulate: int) -> None:
+    options: dict[str, Any] = {"how": how, "accumulate": accumulate, "steps": 13}
+    if how == "callback":
+        options |= {"held": Pairs(9, 5)[:], "guard": {"tolerance": 0.3}}
+    whole, trainer, jumps = hf(tmp_path, **options)
+    assert [j.step for j in jumps] == [5, 10]
+    assert any(j.horizon for j in jumps)
+    plain, *_ = hf(tmp_path / "plain", how="none", accumulate=accumulate, steps=13)
+    assert any(
+        not torch.equal(p, q) for p, q in zip(whole.parameters(), plain.parameters(), strict=True)
+    )
+    for stop in (4, 5, 8):
+        folder = tmp_path / f"checkpoint-{stop}"
+        resumed, _, again = hf(tmp_path, resume=str(folder), **options)
+        assert_equal(whole.state_dict(), resumed.state_dict())
+        assert brief(again) == brief(jumps)
+    if how == "callback":
+        logged = [x for x in trainer.state.log_history if "nowcast/horizon" in x]
+        assert [(x["step"], x["nowcast/horizon"]) for x in logged] == [
+            (j.step, j.horizon) for j in jumps
+        ]
+        assert (tmp_path / "checkpoint-8" / "nowcast.safetensors").exists()
+        assert json.loads((tmp_path / "checkpoint-8" / "nowcast.json").read_text())["step"] == 8
+        hook = trainer.optimizer.optimizer._optimizer_step_post_hooks
+        assert not hook
+
+
+def test_hf_resumes_elsewhere_and_without_a_state(tmp_path: Path) -> None:
+    _, _, jumps = hf(tmp_path / "a", steps=11)
+    with pytest.warns(UserWarning, match="counted from zero"):
+        (tmp_path / "a" / "checkpoint-7" / "nowcast.json").unlink()
+        _, _, again = hf(tmp_path / "a", steps=11, resume=str(tmp_path / "a" / "checkpoint-7"))
+    assert again == []
+    assert [j.step for j in jumps] == [5, 10]
+
+
+def test_hf_decays_over_the_trainers_steps_and_refuses_contradictions(tmp_path: Path) -> None:
+    _, _, jumps = hf(tmp_path, steps=20, horizon=Decay(9))
+    assert tuple(j.horizon for j in jumps) == Decay(9).table(20, 5)
+    with pytest.raises(NowcastError, match="guard and held"):
+        trainer_callback(LinearFit(), guard={"attempts": 1})
+    with pytest.raises(TypeError, match="perio"):
+        trainer_callback(LinearFit(), perio=2)
+
+
+def test_files_of_the_state_are_read_or_refused(tmp_path: Path) -> None:
+    model = net()
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = Nowcaster(base, model, None, LinearFit(), **JUMPS)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(8):
+        optimizer.step()
+    state = optimizer.core.state_dict()
+    save(state, tmp_path)
+    found = load(tmp_path)
+    assert found is not None
+    assert found["step"] == 8
+    for name, past in state["history"]["tensors"].items():
+        for x, y in zip(past, found["history"]["tensors"][name], strict=True):
+            assert torch.equal(x, y)
+    other = Nowcaster(base, model, None, LinearFit(), **JUMPS)
+    other.core.load_state_dict(found)
+    assert brief(other.jumps) == brief(optimizer.jumps)
+    assert other.core.history.filled == 3
+    assert load(tmp_path / "missing") is None
+    (tmp_path / "nowcast.safetensors").write_bytes(b"12")
+    with pytest.raises(NowcastError, match="cannot be read"):
+        load(tmp_path)

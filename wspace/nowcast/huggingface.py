@@ -1,0 +1,248 @@
+"""Jumps for the Hugging Face Trainer, beside its optimizer; and their state as safe files.
+
+``Trainer(..., callbacks=[trainer_callback(predictor)])`` follows the trainer's own optimizer.
+``Trainer(..., optimizers=(Nowcaster(...), scheduler))`` works too, and then nothing else is needed.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from wspace.errors import MissingExtra, NowcastError, message
+from wspace.nowcast.guard import Guard
+from wspace.nowcast.jumps import Jumps, Settings
+from wspace.nowcast.predictor import Predictor
+from wspace.nowcast.ranks import in_parts, own_part
+from wspace.space import WeightSpace
+
+NAME = "nowcast"
+
+
+def trainer_callback(
+    predictor: Predictor,
+    space: WeightSpace | None = None,
+    *,
+    held: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A callback for the Hugging Face Trainer that jumps ahead.
+
+    Every checkpoint gets ``nowcast.safetensors`` and ``nowcast.json``; a resumed run goes on as if
+    nothing had been between. Horizons decay over the trainer's steps unless `total_steps` is given.
+    The jumps are in the trainer's ``log_history``, and in the callback's ``jumps``.
+
+    Args:
+        predictor: Says where parameters are heading.
+        space: Weight space of the model, for predictors that know the wiring.
+        held: A batch with labels; a jump is kept only if the model's loss on it does not rise.
+        **options: See `Settings`. With `held`, a `guard` is a dict of `Guard`'s other options.
+
+    Returns:
+        A `transformers.TrainerCallback`.
+
+    Raises:
+        MissingExtra: If transformers is not installed.
+    """
+    try:
+        from transformers import TrainerCallback
+    except ImportError as error:
+        raise MissingExtra(
+            message(
+                "trainer_callback: transformers is not installed",
+                help="pip install 'wspace[hf]'",
+            )
+        ) from error
+    follower = _Follower(predictor, space, held, options)
+
+    class NowcastTrainerCallback(TrainerCallback):
+        """Hands the trainer's events on."""
+
+        @property
+        def jumps(self) -> list[Any]:
+            return [] if follower.core is None else follower.core.log
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            follower.begin(args, state, given["model"], given["optimizer"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            follower.tell(state)
+
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            follower.save(_folder(args, state), first=state.is_world_process_zero)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            follower.end()
+
+    return NowcastTrainerCallback()
+
+
+class _Follower:
+    """What the callback does, without transformers."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        space: WeightSpace | None,
+        held: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.predictor, self.space, self.held = predictor, space, held
+        self.options = dict(options)
+        judge = self.options.pop("guard", None)
+        wrong: type = Mapping if held is None else Guard
+        if isinstance(judge, wrong):
+            raise NowcastError(
+                message(
+                    "trainer_callback: guard and held do not fit together",
+                    expected="a Guard, or held=batch and perhaps a dict of a guard's options",
+                )
+            )
+        self.judge: Guard | Mapping[str, Any] | None = judge
+        Settings(**self.options)
+        self.core: Jumps | None = None
+        self._handle: RemovableHandle | None = None
+        self._told = 0
+
+    def begin(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner  # accelerate's wrapper does not step when gradients accumulate
+        options: dict[str, Any] = {
+            "total_steps": state.max_steps,
+            **self.options,
+            "guard": self._guard(model),
+        }
+        self.end()
+        self.core = Jumps(optimizer, model, self.space, self.predictor, Settings(**options))
+        if state.global_step:
+            folder = _folder(args, state)
+            if not folder.is_dir() and isinstance(args.resume_from_checkpoint, str):
+                folder = Path(args.resume_from_checkpoint)
+            found = load(folder, _part(self.core))
+            if found is None:
+                warnings.warn(
+                    f"trainer_callback: {folder} has no {NAME}.json; steps are counted from zero",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            else:
+                self.core.load_state_dict(found)
+        self._told = len(self.core.log)
+        self._handle = self.core.attach()
+
+    def _guard(self, model: nn.Module) -> Guard | None:
+        held = self.held
+        if held is None or isinstance(self.judge, Guard):
+            return self.judge if isinstance(self.judge, Guard) else None
+
+        def loss() -> Tensor:
+            device = next(model.parameters()).device
+            moved = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in held.items()}
+            return model(**moved)["loss"]
+
+        return Guard(loss, **(self.judge or {}))
+
+    def tell(self, state: Any) -> None:
+        if self.core is None:
+            return
+        for jump in self.core.log[self._told :]:
+            found = {
+                "nowcast/horizon": jump.horizon,
+                "nowcast/before": jump.before,
+                "nowcast/after": jump.after,
+                "nowcast/seconds": jump.seconds,
+                "nowcast/reason": jump.reason,
+                "step": jump.step,
+            }
+            state.log_history.append({k: x for k, x in found.items() if x is not None})
+        self._told = len(self.core.log)
+
+    def save(self, folder: Path, *, first: bool) -> None:
+        if self.core is not None and (first or _part(self.core)):
+            save(self.core.state_dict(), folder, _part(self.core))
+
+    def end(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _part(core: Jumps) -> str:
+    """Suffix of this process's files, if each has its own."""
+    if not any(in_parts(p) for p in core.module.parameters()):
+        return ""
+    return f"-{torch.distributed.get_rank():05d}"
+
+
+# ------------------------------------------------------------------------ files
+
+
+def save(state: Mapping[str, Any], folder: Path, part: str = "") -> None:
+    """Writes the state of jumps as tensors and text; each file whole or not at all.
+
+    Args:
+        state: What `Jumps.state_dict` gave.
+        folder: Where to.
+        part: Suffix of the files' names.
+    """
+    history = state["history"]
+    tensors = {
+        f"{i}/{name}": own_part(x).cpu().contiguous()
+        for name, past in history["tensors"].items()
+        for i, x in enumerate(past)
+    }
+    plain = {**state, "history": {**history, "tensors": sorted(history["tensors"])}}
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f".{NAME}{part}.part"
+    save_file(tensors, fresh)
+    fresh.replace(folder / f"{NAME}{part}.safetensors")
+    fresh.write_text(json.dumps(plain, indent=1))
+    fresh.replace(folder / f"{NAME}{part}.json")
+
+
+def load(folder: str | os.PathLike[str], part: str = "") -> dict[str, Any] | None:
+    """Reads what `save` wrote.
+
+    Args:
+        folder: Where from.
+        part: Suffix of the files' names.
+
+    Returns:
+        The state, or None if there is none.
+
+    Raises:
+        NowcastError: If it cannot be read.
+    """
+    text = Path(folder) / f"{NAME}{part}.json"
+    if not text.exists():
+        return None
+    try:
+        state: dict[str, Any] = json.loads(text.read_text())
+        found = load_file(text.with_suffix(".safetensors"))
+        count = int(state["history"]["filled"])
+        state["history"]["tensors"] = {
+            name: [found[f"{i}/{name}"] for i in range(count)]
+            for name in state["history"]["tensors"]
+        }
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise NowcastError(
+            message(
+                f"trainer_callback: {text} cannot be read",
+                got=f"{type(error).__name__}: {error}",
+                help=f"remove it and {text.with_suffix('.safetensors').name} to begin anew",
+            )
+        ) from error
+    return state
