@@ -47,6 +47,9 @@ from wspace.zoo.train import (
 BATCH = 64
 """Images in one step."""
 
+AT_ONCE = 8
+"""Networks in one pass; more do not fit the cache."""
+
 RANGES = {
     "learning_rate": (1e-3, 3e-2),
     "weight_decay": (1e-5, 1e-1),
@@ -234,7 +237,8 @@ class ImageClassifiers(Counted):
             del step
             place = (torch.rand(n, BATCH, generator=generator) * seen[:, None]).long()
             chosen = ((place + first[:, None]) % total)[rows]
-            return pixels[chosen], targets[rows].gather(1, chosen)
+            seen_now = pixels.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
+            return seen_now, targets[rows].gather(1, chosen)
 
         adam = bool(meta["adam"][0])
         how = Training(
@@ -244,7 +248,7 @@ class ImageClassifiers(Counted):
             "adamw" if adam else "sgd",
             clip=None if adam else 5.0,
         )
-        gradient = vmapped(module.train(), batch, cross_entropy)
+        gradient = vmapped(module.train(), batch, cross_entropy, networks=AT_ONCE)
         buffers = [name for name, _ in module.named_buffers() if name in state]
         return train_many(
             state, gradient, how, buffers=buffers, save_at=self._saved_at(meta["steps"])
@@ -263,6 +267,8 @@ class ImageClassifiers(Counted):
                 right = (answers.argmax(-1) == truth).float().mean(1)
                 return torch.stack([right, cross_entropy(answers, truth)], 1)
 
-            read_off = evaluate_many(module, states, x[:count], read, networks=8)
+            read_off = evaluate_many(
+                module, states, x[:count], read, networks=AT_ONCE, inputs_at_once=2 * BATCH
+            )
             out[f"{part}_accuracy"], out[f"{part}_loss"] = read_off.unbind(1)
         return out

@@ -1,7 +1,7 @@
 """Training many small networks of one architecture side by side, each in its own way.
 
 States are stacked along a leading axis and one step moves all of them: the forward and backward
-pass by `torch.func.vmap` (`vmapped`) or by a gradient written by hand, the optimizer on one flat
+pass layer by layer (`vmapped`) or by a gradient written by hand, the optimizer on one flat
 tensor, a row for each network. Networks that have finished leave the stack, so they cost nothing.
 Every network gets what it would have got alone, to rounding; `tests/test_zoo_train.py` holds this
 against `torch.optim`.
@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from wspace.errors import ZooError, message
+from wspace.zoo.stacked import Stacked
 
 Gradient = Callable[[dict[str, Tensor], int, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
 """(states ``(m, *shape)``, step, places ``(m,)`` of these networks in the whole stack) → losses
@@ -144,8 +144,15 @@ def train_many(
     return Trained(stack.final, stack.loss, stack.taken, stack.diverged, saver.saved)
 
 
-def vmapped(module: nn.Module, batch: Batch, loss: Loss, *, shared: bool = False) -> Gradient:
-    """Losses and gradients of a stack of networks, by `torch.func.vmap`.
+def vmapped(
+    module: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    *,
+    shared: bool = False,
+    networks: int | None = None,
+) -> Gradient:
+    """Losses and gradients of a stack of networks, layer by layer (`Stacked`).
 
     Args:
         module: The architecture, on any device (the meta device too), in the mode it trains in;
@@ -153,26 +160,44 @@ def vmapped(module: nn.Module, batch: Batch, loss: Loss, *, shared: bool = False
         batch: Gives every step's inputs and targets.
         loss: One loss for each network.
         shared: True if all networks see the same inputs, ``(b, …)``.
+        networks: How many run at once, as many as have activations that fit the cache; all by
+            default. Targets are then ``(m, b, …)``.
 
     Returns:
         A function for `train_many`.
+
+    Raises:
+        ZooError: While training, if `networks` is given and targets are for all networks.
     """
-    names = {name for name, _ in module.named_parameters()}
-
-    def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(module, parameters | buffers, (x,))
-
-    every = vmap(one, in_dims=(0, 0, None if shared else 0))
+    run = Stacked(module, shared=shared)
 
     def gradient(
         state: dict[str, Tensor], step: int, rows: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         inputs, targets = batch(step, rows)
-        leaves = {n: x.detach().requires_grad_() for n, x in state.items() if n in names}
-        others = {n: x for n, x in state.items() if n not in names}
-        losses = loss(every(leaves, others, inputs), targets)
-        slopes = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        return losses.detach(), dict(zip(leaves, slopes, strict=True))
+        if networks is not None and len(targets) != len(rows):
+            raise ZooError(
+                message(
+                    "vmapped: some networks at once need targets of their own",
+                    expected=f"targets ({len(rows)}, b, …)",
+                    got=str(tuple(targets.shape)),
+                )
+            )
+        count = len(rows)
+        losses, found = list[Tensor](), list[dict[str, Tensor]]()
+        for at in range(0, count, networks or count):
+            some = slice(at, at + (networks or count))
+            y = targets if networks is None else targets[some]
+            one, slope = run.gradient(
+                {name: x[some] for name, x in state.items()},
+                inputs if shared else inputs[some],
+                lambda outputs, y=y: loss(outputs, y),
+            )
+            losses.append(one)
+            found.append(slope)
+        return torch.cat(losses), {
+            name: torch.cat([slope[name] for slope in found]) for name in found[0]
+        }
 
     return gradient
 
@@ -188,8 +213,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         ``(m,)``.
     """
     targets = targets.expand(outputs.shape[:2])
-    losses = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.unflatten(0, outputs.shape[:2]).mean(1)
+    return nn.functional.cross_entropy(outputs.mT, targets, reduction="none").mean(1)
 
 
 def initial_states(
@@ -225,6 +249,7 @@ def evaluate_many(
     read: Callable[[Tensor], Tensor],
     *,
     networks: int = 64,
+    inputs_at_once: int | None = None,
 ) -> Tensor:
     """A number, or several, from every network's answers to the same inputs.
 
@@ -234,17 +259,19 @@ def evaluate_many(
         inputs: ``(b, …)``.
         read: Outputs ``(m, b, …)`` of some networks → ``(m, …)``.
         networks: How many run at once.
+        inputs_at_once: How many inputs do, where the module treats each by itself; all by default.
 
     Returns:
         ``(n, …)``.
     """
-    run = vmap(lambda values, x: functional_call(module, values, (x,)), in_dims=(0, None))
+    run = Stacked(module, shared=True)
+    parts = inputs.split(inputs_at_once or max(1, len(inputs)))
     count = len(next(iter(state.values())))
     out: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, count, networks):
             some = {name: x[start : start + networks] for name, x in state.items()}
-            out.append(read(run(some, inputs)))
+            out.append(read(torch.cat([run(some, x) for x in parts], 1)))
     return torch.cat(out)
 
 
