@@ -185,7 +185,7 @@ def test_columns_and_where(made: Path) -> None:
     for wrong, match in [
         ({"image": 99}, r"(?s)no network whose 'image' is 99.*one of 0, 1, 2, 3, 4, 5, 6, 7 …"),
         ({"image": [0, np.int64(98)]}, "whose 'image' is 98"),
-        ({"image": "3"}, r"(?s)whose 'image' is '3'.*did you mean 3, a int"),
+        ({"image": "3"}, r"(?s)whose 'image' is '3'.*did you mean the int 3"),
         ({"name": "net"}, "whose 'name' is 'net'"),
         ({"good": None}, r"(?s)whose 'good' is None.*one of False, True"),
     ]:

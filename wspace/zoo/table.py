@@ -77,7 +77,7 @@ def check_values(array: np.ndarray, wanted: Sequence[Any], what: str, name: str)
             message(
                 text,
                 expected=f"one of {listed}" if known else "nothing: there are no networks",
-                help=f"did you mean {near[0]!r}, a {kind_of(array)}?" if near else "",
+                help=f"did you mean the {kind_of(array)} {near[0]!r}?" if near else "",
             )
         )
 
