@@ -26,7 +26,6 @@ from wspace.zoo import engine
 from wspace.zoo.train import Training, cross_entropy, initial_states, train_many, vmapped
 
 NETWORKS, STEPS, RATE = 32, 30, 1e-3
-AT_ONCE = 8  # as the recipe of classifiers has it
 SIZES = (2, 32, 32, 1)
 
 
@@ -103,7 +102,7 @@ def inr_hand(count: int) -> None:
 def cnn_vmap(count: int) -> None:
     x, y = batch(count)
     state = initial_states(lambda: cnn(3), count, torch.Generator().manual_seed(0))
-    slope = vmapped(cnn(3), lambda step, rows: (x[rows], y[rows]), cross_entropy, networks=AT_ONCE)
+    slope = vmapped(cnn(3), lambda step, rows: (x[rows], y[rows]), cross_entropy)
     train_many(state, slope, Training(STEPS, RATE))
 
 

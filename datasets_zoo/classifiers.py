@@ -47,9 +47,6 @@ from wspace.zoo.train import (
 BATCH = 64
 """Images in one step."""
 
-AT_ONCE = 8
-"""Networks in one pass; more do not fit the cache."""
-
 RANGES = {
     "learning_rate": (1e-3, 3e-2),
     "weight_decay": (1e-5, 1e-1),
@@ -248,7 +245,7 @@ class ImageClassifiers(Counted):
             "adamw" if adam else "sgd",
             clip=None if adam else 5.0,
         )
-        gradient = vmapped(module.train(), batch, cross_entropy, networks=AT_ONCE)
+        gradient = vmapped(module.train(), batch, cross_entropy)
         buffers = [name for name, _ in module.named_buffers() if name in state]
         return train_many(
             state, gradient, how, buffers=buffers, save_at=self._saved_at(meta["steps"])
@@ -268,7 +265,7 @@ class ImageClassifiers(Counted):
                 return torch.stack([right, cross_entropy(answers, truth)], 1)
 
             read_off = evaluate_many(
-                module, states, x[:count], read, networks=AT_ONCE, inputs_at_once=2 * BATCH
+                module, states, x[:count], read, networks=8, inputs_at_once=2 * BATCH
             )
             out[f"{part}_accuracy"], out[f"{part}_loss"] = read_off.unbind(1)
         return out

@@ -110,7 +110,9 @@ def _ends(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
-def answers(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tensor:
+def answers(
+    x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry, *, relu: bool = False
+) -> Tensor:
     """Convolutions of n networks, each with its own kernels; no tape is kept.
 
     Args:
@@ -118,6 +120,7 @@ def answers(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tenso
         w: Kernels, ``(n, C', C / groups, k, k)``.
         b: Biases, ``(n, C')``, or none.
         geometry: Strides and the like.
+        relu: Whether what is negative becomes zero.
 
     Returns:
         ``(n, C', H', W', B)``.
@@ -130,6 +133,8 @@ def answers(x: Tensor, w: Tensor, b: Tensor | None, geometry: Geometry) -> Tenso
         torch.bmm(w[some].flatten(0, 1), _gather(x[some], geometry), out=part)
         if b is not None:  # while they are in the cache
             part.add_(b[some].reshape(len(part), -1, 1))
+        if relu:
+            part.relu_()
     return out
 
 
@@ -140,6 +145,7 @@ def slopes(
     geometry: Geometry,
     *,
     images: bool = True,
+    y: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of convolutions. What was gathered is gathered again, being not worth keeping.
 
@@ -149,22 +155,27 @@ def slopes(
         w: As for `answers`.
         geometry: As for `answers`.
         images: Whether the gradient in the images is wanted.
+        y: The answers, if what was negative became zero.
 
     Returns:
         Gradients in images (or None), kernels and biases.
     """
     shape, w = w.shape, _matrices(w, geometry)
     flat = g.contiguous().view(*w.shape[:3], -1)
-    dw, dx = w.new_empty(*w.shape[:2], w.shape[3], w.shape[2]), list[Tensor]()
+    dw, db = w.new_empty(*w.shape[:2], w.shape[3], w.shape[2]), w.new_empty(shape[:2])
+    dx = torch.empty_like(x) if images else None
     for some in _parts(x, geometry):
-        part = flat[some].flatten(0, 1)
+        part = flat[some]
+        if y is not None:
+            part = torch.ops.aten.threshold_backward(part, y[some].view(part.shape), 0)
+        torch.sum(part.flatten(1, 2), 2, out=db[some])
+        part = part.flatten(0, 1)
         # this way round: with the long axis last in both, the product takes thrice as long
         torch.bmm(_gather(x[some], geometry), part.mT, out=dw[some].flatten(0, 1))
-        if images:
+        if dx is not None:
             taps = torch.bmm(w[some].flatten(0, 1).mT, part)
-            dx.append(_add_up(taps, x[some].shape, geometry))
-    back = None if not dx else dx[0] if len(dx) == 1 else torch.cat(dx)
-    return back, dw.mT.reshape(shape), flat.sum(3).flatten(1)
+            dx[some] = _add_up(taps, x[some].shape, geometry)
+    return dx, dw.mT.reshape(shape), db
 
 
 class Convolve(torch.autograd.Function):

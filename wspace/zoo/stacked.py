@@ -188,24 +188,29 @@ class _Linear(_Layer):
 
 
 class _Convolution(_Layer):
+    """With the ReLU after it, if there is one."""
+
     def __init__(self, module: nn.Conv2d, at: str) -> None:
         super().__init__(module, at)
-        self.geometry = Geometry.of(module)
+        self.geometry, self.relu = Geometry.of(module), False
 
     def __call__(self, states: States, x: Tensor) -> Tensor:
         w, b = states[self.at + "weight"], states.get(self.at + "bias")
-        return convolve(x, w, b, self.geometry)
+        y = convolve(x, w, b, self.geometry)
+        return y.relu() if self.relu else y
 
     def step(self, states: States, x: Tensor) -> tuple[Tensor, Back]:
         w, b = states[self.at + "weight"], states.get(self.at + "bias")
         x = x.contiguous()
+        y = answers(x, w, b, self.geometry, relu=self.relu)
+        kept = y if self.relu else None
 
         def back(g: Tensor, wanted: bool) -> tuple[Tensor | None, dict[str, Tensor]]:  # noqa: FBT001
-            dx, dw, db = slopes(g, x, w, self.geometry, images=wanted)
+            dx, dw, db = slopes(g, x, w, self.geometry, images=wanted, y=kept)
             found = {self.at + "weight": dw, self.at + "bias": db}
             return dx, {name: found[name] for name in self.trained}
 
-        return answers(x, w, b, self.geometry), back
+        return y, back
 
 
 class _BatchNorm(_Layer):
@@ -228,7 +233,13 @@ def _chain(module: nn.Module, prefix: str) -> list[_Layer]:
     out: list[_Layer] = []
     for name, child in module.named_children():
         at = prefix + name + "."
-        out += _chain(child, at) if type(child) is nn.Sequential else [_layer(child, at)]
+        before = out[-1] if out else None
+        if type(child) is nn.Sequential:
+            out += _chain(child, at)
+        elif type(child) is nn.ReLU and isinstance(before, _Convolution):
+            before.relu = True
+        else:
+            out.append(_layer(child, at))
     return out
 
 

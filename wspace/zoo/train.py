@@ -144,14 +144,7 @@ def train_many(
     return Trained(stack.final, stack.loss, stack.taken, stack.diverged, saver.saved)
 
 
-def vmapped(
-    module: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    *,
-    shared: bool = False,
-    networks: int | None = None,
-) -> Gradient:
+def vmapped(module: nn.Module, batch: Batch, loss: Loss, *, shared: bool = False) -> Gradient:
     """Losses and gradients of a stack of networks, layer by layer (`Stacked`).
 
     Args:
@@ -160,14 +153,9 @@ def vmapped(
         batch: Gives every step's inputs and targets.
         loss: One loss for each network.
         shared: True if all networks see the same inputs, ``(b, …)``.
-        networks: How many run at once, as many as have activations that fit the cache; all by
-            default. Targets are then ``(m, b, …)``.
 
     Returns:
         A function for `train_many`.
-
-    Raises:
-        ZooError: While training, if `networks` is given and targets are for all networks.
     """
     run = Stacked(module, shared=shared)
 
@@ -175,29 +163,7 @@ def vmapped(
         state: dict[str, Tensor], step: int, rows: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         inputs, targets = batch(step, rows)
-        if networks is not None and len(targets) != len(rows):
-            raise ZooError(
-                message(
-                    "vmapped: some networks at once need targets of their own",
-                    expected=f"targets ({len(rows)}, b, …)",
-                    got=str(tuple(targets.shape)),
-                )
-            )
-        count = len(rows)
-        losses, found = list[Tensor](), list[dict[str, Tensor]]()
-        for at in range(0, count, networks or count):
-            some = slice(at, at + (networks or count))
-            y = targets if networks is None else targets[some]
-            one, slope = run.gradient(
-                {name: x[some] for name, x in state.items()},
-                inputs if shared else inputs[some],
-                lambda outputs, y=y: loss(outputs, y),
-            )
-            losses.append(one)
-            found.append(slope)
-        return torch.cat(losses), {
-            name: torch.cat([slope[name] for slope in found]) for name in found[0]
-        }
+        return run.gradient(state, inputs, lambda outputs: loss(outputs, targets))
 
     return gradient
 
