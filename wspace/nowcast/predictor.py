@@ -61,6 +61,7 @@ class Predictor(nn.Module):
         context: Number of past states c.
         longest: Longest horizon it was made for, in spacings.
         graphical: True if it needs all tensors of a model together.
+        origin: Where a trained predictor comes from; empty for another.
     """
 
     graphical: ClassVar[bool] = False
@@ -76,6 +77,7 @@ class Predictor(nn.Module):
                 )
             )
         self.context, self.longest, self.still = context, longest, still
+        self.origin = ""
 
     @abstractmethod
     def _ahead(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:

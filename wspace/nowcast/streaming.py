@@ -21,10 +21,13 @@ from wspace.nowcast.predictor import Past
 from wspace.nowcast.topology import Edges, Topology, flat
 
 if TYPE_CHECKING:
-    from wspace.nowcast.graph import Fused, NiNoGraph
+    from wspace.nowcast.graph import NiNoGraph
 
 EPS = 1e-6
 """What is added to a standard deviation before dividing by it."""
+
+LINE = 16
+"""Numbers in a line of a processor's cache."""
 
 Ranges = tuple[slice, slice, slice, slice]
 
@@ -188,28 +191,37 @@ class Stream:
     # ----------------------------------------------------------------------- edges
 
     def _chunks(self, b: Edges) -> Iterator[tuple[Ranges, Sequence[int]]]:
-        """Parts of a block of about `chunk` edges, parallel ones innermost."""
+        """Parts of a block of about `chunk` edges, parallel ones innermost.
+
+        Where targets lie side by side in memory, a part has a line of them.
+
+        Yields:
+            Ranges of P, T, S and Q, and their lengths.
+        """
         left, steps = max(1, self.net.chunk), [1, 1, 1, 1]
+        if b.strides is not None and 0 < b.strides[1] < max(b.strides[2:4]):
+            steps[1] = max(1, min(b.sizes[1], left, LINE))
+            left //= steps[1]
         for i in (3, 2, 1, 0):
-            steps[i] = max(1, min(b.sizes[i], left))
-            left //= steps[i]
+            more = max(1, min(-(-b.sizes[i] // steps[i]), left))
+            steps[i] *= more
+            left //= more
         cuts = [
             [slice(a, min(a + step, n)) for a in range(0, n, step)]
             for n, step in zip(b.sizes, steps, strict=False)
         ]
-        for part in product(*cuts):
-            yield part, [r.stop - r.start for r in part]
+        for p, t, s, q in product(*cuts):
+            yield (p, t, s, q), [r.stop - r.start for r in (p, t, s, q)]
 
     def _window(self, b: Edges, part: Ranges, sizes: Sequence[int]) -> Tensor:
         """Scaled windows of a chunk, ``(F * c, edges)``."""
         c, f = self.net.context, b.sizes[4]
         x = self.room("window", (f, c, *sizes), self.like)
         for i, whole in enumerate(self.windows[b.param]):
-            if b.index is None:
-                some = b.view(whole)[part]
-            else:
-                some = whole[b.index[part].to(whole.device)]
-            x[:, i].copy_(some.movedim(-1, 0))
+            found = (
+                b.view(whole)[part] if b.index is None else whole[b.index[part].to(whole.device)]
+            )
+            x[:, i].copy_(found.movedim(-1, 0))
         mean, std = self.past.moments[b.param]
         return x.sub_(mean).mul_(1 / (std + EPS)).view(f * c, -1)
 
@@ -249,24 +261,28 @@ class Stream:
         last = self.past.windows[name][-1]
         out = torch.empty_like(last, memory_format=torch.contiguous_format)
         row = out.view(-1)
-        repeated = any(b.index is not None for b in blocks)
-        if repeated:
+        if any(b.index is not None for b in blocks):  # an entry may be several edges: their mean
             total, times = (row.new_zeros(len(row), dtype=self.like.dtype) for _ in range(2))
+            for b, part, made in self._predicted(name, blocks):
+                at = b.entries[part].flatten().to(row.device)
+                total.index_add_(0, at, made.flatten())
+                times.index_add_(0, at, torch.ones_like(made).flatten())
+            row.copy_(total.div_(times))
+        else:
+            for b, part, made in self._predicted(name, blocks):
+                b.view(row)[part].copy_(made)
+        return out
+
+    def _predicted(
+        self, name: str, blocks: Sequence[Edges]
+    ) -> Iterator[tuple[Edges, Ranges, Tensor]]:
+        """Predictions of all chunks of a parameter, ``(p, t, s, q, F)``."""
+        mean, std = self.past.moments[name]
         for b in blocks:
-            mean, std = self.past.moments[name]
             terms, more = self._terms(b, self.first_ends), self._terms(b, self.last_ends)
             for part, sizes in self._chunks(b):
                 made = self._change(b, part, sizes, (terms, more))
-                made = made.mul_(std).add_(mean).view(*sizes, -1)
-                if repeated:
-                    at = b.entries[part].flatten().to(row.device)
-                    total.index_add_(0, at, made.flatten())
-                    times.index_add_(0, at, torch.ones_like(made).flatten())
-                else:
-                    b.view(row)[part].copy_(made)
-        if repeated:
-            row.copy_(total / times)
-        return out
+                yield b, part, made.mul_(std).add_(mean).view(*sizes, -1)
 
     def _change(
         self,

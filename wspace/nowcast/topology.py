@@ -52,7 +52,11 @@ class Edges:
     def view(self, flat: Tensor) -> Tensor:
         """Values of the block in a contiguous parameter ``(*batch, numel)``: ``(*batch, *sizes)``.
 
-        A view, unless the block has an `index`.
+        Args:
+            flat: The parameter, or several.
+
+        Returns:
+            A view, unless the block has an `index`.
         """
         if self.index is not None:
             return flat[..., self.index.to(flat.device)]
@@ -145,10 +149,16 @@ class Topology:
         )  # fmt: skip
 
     def laplacian(self, count: int) -> Tensor:
-        """Eigenvectors of the graph's normalised Laplacian, ``(nodes, count)`` float64.
+        """Eigenvectors of the graph's normalised Laplacian: published codes of nodes.
 
         Of the undirected graph without values, the constant one left out, each with its largest
         entry positive. Cubic in the nodes below a hundred, an iteration above.
+
+        Args:
+            count: How many; zeros where there are fewer.
+
+        Returns:
+            ``(nodes, count)`` float64.
         """
         if count not in self.codes:
             self.codes[count] = _laplacian(self, count)

@@ -12,7 +12,6 @@ A parameter that the trace could not place is connected to the global node alone
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -108,15 +107,14 @@ def _guesses(module: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         return [((), dict(dummy))]
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(1))
     for layer in module.modules():
-        dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}.get(type(layer), 0)
         if isinstance(layer, nn.Linear):
             return [((like.new_zeros(2, layer.in_features),), {})]
         if isinstance(layer, nn.Embedding):
             return [((torch.zeros(1, 8, dtype=torch.int64, device=like.device),), {})]
-        if dims:
-            channels = layer.in_channels
-            sizes = (32, 64, 28, 16, 8, 224)
-            return [((like.new_zeros(1, int(channels), *[s] * dims),), {}) for s in sizes]
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            shape, sizes = [1, layer.in_channels], (32, 64, 28, 16, 8, 224)
+            dims = len(layer.kernel_size)
+            return [((like.new_zeros([*shape, *[s] * dims]),), {}) for s in sizes]
     return []
 
 
@@ -250,7 +248,7 @@ class _Traced:
         return list(spans(rows[0]))
 
     def _mark(self) -> None:
-        """Finds queries, keys and values: operands of a product that softmax follows, and of its."""
+        """Finds queries, keys and values: operands of products before and after a softmax."""
         products = [f for f in self.forms.edges if f.block.op == "product"]
         scores = {
             f.block.source.nodes: f.block.target.nodes
