@@ -205,7 +205,7 @@ class ZooDataModule(LightningDataModule):
         held_out: Networks with one of these values in a column, such as ``{"family": ["vit"]}``,
             are the test networks, and no others are.
         limit: Training networks that are used; smaller choices are part of larger ones.
-        time: Which state of a trajectory, for zoos that have them; the last is -1.
+        time: Which state of a trajectory, for zoos that have them; the last is -1, None for all.
         augment: What is done to training networks.
         seed: Of the choice, the order and the augmentations.
         workers: Loader processes.
@@ -233,7 +233,7 @@ class ZooDataModule(LightningDataModule):
         where: dict[str, Any] | None = None,
         held_out: dict[str, list[Any]] | None = None,
         limit: int | None = None,
-        time: int = -1,
+        time: int | None = -1,
         augment: Sequence[Augment] = (),
         seed: int = 0,
         workers: int = 0,
