@@ -260,6 +260,28 @@ def fsdp(rank: int) -> dict[str, Any]:
     return out
 
 
+def apart(rank: int) -> dict[str, Any]:
+    """Each process trains a model of its own."""
+    out: dict[str, Any] = {}
+    for alone in (False, True):
+        model = mlp(seed=rank)
+        base = torch.optim.SGD(model.parameters(), lr=0.01)
+        predictor = Biased(context=CONTEXT)
+        optimizer = Nowcaster(base, model, None, predictor, period=PERIOD, horizon=1, alone=alone)
+        plain = copy.deepcopy(model)
+        other = torch.optim.SGD(plain.parameters(), lr=0.01)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(model, optimizer, range(PERIOD), rank)
+        train(plain, other, range(PERIOD), rank)
+        moves = [p - q for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
+        out[f"alone={alone}"] = (
+            optimizer.jumps[0].reason,
+            [round(float(x.detach().mean()), 4) for x in moves],
+        )
+    return out
+
+
 def untraced(rank: int) -> str:
     from torch.distributed.fsdp import fully_shard
 
@@ -279,7 +301,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    out = {"ddp": ddp(rank), "fsdp": fsdp(rank), "untraced": untraced(rank)}
+    out = {"ddp": ddp(rank), "fsdp": fsdp(rank), "untraced": untraced(rank), "apart": apart(rank)}
     torch.save(out, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

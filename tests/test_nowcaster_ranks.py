@@ -111,3 +111,13 @@ def test_parts_resume_and_stay_in_place(results: list[dict[str, Any]], kind: str
 def test_a_module_in_parts_needs_its_space(results: list[dict[str, Any]]) -> None:
     for r in results:
         assert "cannot be traced" in r["untraced"]
+
+
+def test_processes_that_train_different_models_are_told_apart(
+    results: list[dict[str, Any]],
+) -> None:
+    for rank, r in enumerate(results):
+        reason, moves = r["apart"]["alone=False"]
+        assert "train different models" in reason
+        assert moves == [0.0] * 6
+        assert r["apart"]["alone=True"] == ("accepted", [0.01 * (1 + rank)] * 6)

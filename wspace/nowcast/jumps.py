@@ -282,6 +282,7 @@ class Jumps:
             how = self.settings
             horizon = horizon_at(how.horizon, self.step, how.period, how.total_steps)
             live = self._ready()
+            self.ranks.check_replicas([p for p in live.values() if not in_parts(p)])
             if not horizon or not live:
                 entry = replace(
                     entry, reason="no complete history" if horizon else "the horizon is 0"

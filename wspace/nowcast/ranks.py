@@ -74,6 +74,29 @@ class Ranks:
         dist.broadcast(sent, src=root, group=self._group)
         return sent if sent is x else x.copy_(sent)
 
+    def check_replicas(self, tensors: Sequence[Tensor]) -> None:
+        """Raises, in every process, unless all hold the same tensors, up to rounding.
+
+        Args:
+            tensors: What the processes should have in common.
+
+        Raises:
+            NowcastError: If they train different models.
+        """
+        if not (self.several and tensors):
+            return
+        own = torch.stack([x.detach().sum(dtype=torch.float64).cpu() for x in tensors])
+        first = self.share(own.clone())
+        if self.any(bool(((own - first).abs() > 1e-3 * (1 + first.abs())).any())):
+            raise NowcastError(
+                message(
+                    "Nowcaster: the processes train different models",
+                    expected="replicas of one, as with DistributedDataParallel",
+                    help="alone=True, if each trains by itself; or process_group=... of those that "
+                    "train together",
+                )
+            )
+
     def agree(self, error: Exception | None) -> None:
         """Raises in every process if one has failed, so that none waits for it.
 
