@@ -117,8 +117,6 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
     torch.manual_seed(seed)
     data, pilot = data_of(options, limit), 4
     data.setup("fit")
-    if options.tested:
-        data.parts["test"] = data.parts["test"].where(**dict(options.tested))
     how = options.precision
 
     def timed(steps: int) -> float:
@@ -138,6 +136,12 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
     if best.kept:
         task.load_state_dict(best.kept)
     found = trainer.test(task, datamodule=data, verbose=False)[0]
+    tested = len(data.parts["test"])
+    if options.tested:
+        data.parts["test"] = data.parts["test"].where(**dict(options.tested))
+        some = trainer.test(task, datamodule=data, verbose=False)[0]
+        found |= {f"some_{k.removeprefix('test/')}": x for k, x in some.items()}
+        found["some"] = len(data.parts["test"])
     metanet: nn.Module = task.metanet if task.metanet is not None else nn.Identity()
     return {
         "kind": options.kind,
@@ -145,7 +149,7 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
         "metanet": name,
         "seed": seed,
         "train": len(data.parts["train"]),
-        "test": len(data.parts["test"]),
+        "test": tested,
         "parameters": sum(p.numel() for p in metanet.parameters() if p.requires_grad),
         "epochs": round(steps / batches, 1),
         "best_epoch": best.epoch,
@@ -195,7 +199,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--split", default="default", help="name of the split")
     parser.add_argument("--held-out", type=pair, help="column=value of the test networks")
     parser.add_argument("--where", nargs="*", type=pair, default=[], help="column=value kept")
-    parser.add_argument("--tested", nargs="*", type=pair, help="column=value of test networks used")
+    parser.add_argument("--tested", nargs="*", type=pair, help="column=value of a second test")
     parser.add_argument("--augment", nargs="*", help="symmetries to augment by")
     parser.add_argument("--out", type=Path, default=Path("metanet_quality.jsonl"))
     parser.add_argument("--precision", default="32-true", help="Lightning's (%(default)s)")
