@@ -279,7 +279,7 @@ def located(
     seen = view(probe)
     sizes = (seen.shape[0], seen.shape[1], seen.shape[2], seen.shape[3], seen.shape[4])
     repeats = any(n > 1 and step == 0 for n, step in zip(sizes, seen.stride(), strict=True))
-    if seen._is_view() and not repeats:
+    if seen._base is probe and not repeats:
         return sizes, seen.stride(), int(seen.storage_offset()), None
     index = view(torch.arange(prod(shape)).view(tuple(shape)))
     return sizes, None, 0, index.contiguous()
