@@ -100,21 +100,6 @@ class Nowcaster(Optimizer):
         process_group: Group = None,
         alone: bool = False,
     ) -> None:
-        if isinstance(optimizer, Nowcaster):
-            raise NowcastError(
-                message(
-                    "Nowcaster: this optimizer already jumps ahead",
-                    expected="a plain torch.optim.Optimizer",
-                )
-            )
-        if predictor is None:
-            raise NowcastError(
-                message(
-                    "Nowcaster: a predictor is missing",
-                    expected="predictor=...",
-                    help="such as wspace.nowcast.LinearFit()",
-                )
-            )
         settings = Settings(
             period=period,
             context=context,
@@ -131,7 +116,7 @@ class Nowcaster(Optimizer):
             alone=alone,
         )
         self.base = optimizer
-        self.core = Jumps(optimizer, module, space, predictor, settings)
+        self.core = Jumps(optimizer, module, space, _given(optimizer, predictor), settings)
         super().__setstate__({})  # hooks and profiling of an Optimizer, without groups of its own
 
     # ------------------------------------------------------------ shared with the optimizer
@@ -266,3 +251,23 @@ class Nowcaster(Optimizer):
         core = self.core
         how = f"period: {core.settings.period}, step: {core.step}, jumps: {len(core.log)}"
         return f"Nowcaster ({how})\n{self.base!r}"
+
+
+def _given(optimizer: Optimizer, predictor: Predictor | None) -> Predictor:
+    """The predictor, or an error that says what cannot be wrapped, or is missing."""
+    if isinstance(optimizer, Nowcaster):
+        raise NowcastError(
+            message(
+                "Nowcaster: this optimizer already jumps ahead",
+                expected="a plain torch.optim.Optimizer",
+            )
+        )
+    if predictor is None:
+        raise NowcastError(
+            message(
+                "Nowcaster: a predictor is missing",
+                expected="predictor=...",
+                help="such as wspace.nowcast.LinearFit()",
+            )
+        )
+    return predictor
