@@ -163,6 +163,7 @@ def test_a_loss_that_is_not_finite_is_never_accepted(bad: float) -> None:
             torch.manual_seed(0)
             train(m, o, range(4, 5))
         assert optimizer.jumps[0].horizon == 0
+        assert optimizer.jumps[0].tried == ((8, 4, 2, 1) if math.isfinite(before) else ())
         assert_equal(twin[0].state_dict(), model.state_dict())
 
 
