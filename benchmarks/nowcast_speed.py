@@ -10,8 +10,8 @@ what held model and states before.
 
 The peer's code is not part of this repository: ``--peers DIR`` (or WSPACE_PEERS) names a folder
 with a checkout of ``nino`` (github.com/SamsungSAILMontreal/nino, MIT), and ``--weights DIR`` one
-with its checkpoints. Without the checkout only ours runs. ``--large`` adds a GPT-2 of 124 M parameters, ours
-only; ``--traced`` uses the true wiring instead, ours only.
+with its checkpoints. Without the checkout only ours runs. ``--large`` adds a GPT-2 of 124 M
+parameters, ours only; ``--traced`` uses the true wiring instead, ours only.
 """
 
 import argparse

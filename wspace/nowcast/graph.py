@@ -85,8 +85,9 @@ class NiNoGraph(Predictor):
         tokens: Rows of a table of token codes; 0 for none.
         laplacian: Compute the codes; otherwise they are zero, which makes a prediction exactly
             equivariant and costs nothing.
-        precision: ``"float32"``, or ``"bfloat16"`` for products over edges. Predictors in float64
-            compute in float64.
+        precision: ``"float32"``, or ``"bfloat16"`` for the products of edge states with square
+            matrices: faster where the processor has instructions for it, about 0.5 % of an update
+            off. Predictors in float64 compute in float64.
         chunk: Edges computed at once.
         still: Entries of which all past values are equal do not move.
 
@@ -181,51 +182,33 @@ class NiNoGraph(Predictor):
         c = self.channels
         first, second = (cast("Layer", r) for r in self.rounds)
         enter, enter_bias = w(self.enter)
-        kinds = self.kind.weight.to(enter.dtype) + enter_bias
+        start = enter, self.kind.weight.to(enter.dtype) + enter_bias
         edge, edge_bias = w(first.own)
-        back, back_bias = w(first.out)
-
-        def entered(m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            return enter @ m, kinds @ m + b
-
-        def after(m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            return back @ m, back_bias @ m + b
-
+        back = w(first.out)
         film0, film0_bias = w(first.film)
         film1, film1_bias = w(second.film)
-        pairs, nodes, ends = [], [], []
-        for r in (first, second):
-            m, b = w(r.pair)
-            pairs.append((m[:c], m[c:], b))
-            mix, mix_bias = w(r.mix)
-            lift, lift_bias = w(r.lift)
-            both = mix @ lift
-            nodes.append((both[:c], both[c:], mix_bias @ lift + lift_bias))
-            ends.append((w(r.source)[0], w(r.target)[0]))
+        layers = (first, second)
+        mixed = [_after(w(r.mix), w(r.lift)) for r in layers]
         own1, own1_bias = w(second.own)
-        out1, out1_bias = w(second.out)
-        hidden, hidden_bias = w(self.hidden)
         head, head_bias = w(self.head)
-        head, head_bias = head.unflatten(1, (TAPS, -1)), head_bias.unflatten(0, (TAPS, -1))
-        if horizon is not None:
-            head, head_bias = (
-                head[..., horizon - 1 : horizon],
-                head_bias[..., horizon - 1 : horizon],
-            )
+        some = slice(None) if horizon is None else slice(horizon - 1, horizon)
         more0 = w(first.source)[1] + w(first.target)[1]
         more1 = w(second.source)[1] + w(second.target)[1]
         return Fused(
-            scale0=entered(film0[:, :c], film0_bias[:c]),
-            shift0=entered(film0[:, c:], film0_bias[c:]),
-            pair=tuple(pairs),
-            node=tuple(nodes),
-            edge0=entered(edge, edge_bias + more0),
-            ends=tuple(ends),
-            scale1=after(film1[:, :c], film1_bias[:c]),
-            shift1=after(film1[:, c:], film1_bias[c:]),
-            edge1=after(own1, own1_bias + more1),
-            hidden=(out1 @ hidden, out1_bias @ hidden + hidden_bias),
-            head=(head, head_bias),
+            scale0=_after(start, (film0[:, :c], film0_bias[:c])),
+            shift0=_after(start, (film0[:, c:], film0_bias[c:])),
+            pair=tuple((m[:c], m[c:], b) for m, b in (w(r.pair) for r in layers)),
+            node=tuple((m[:c], m[c:], b) for m, b in mixed),
+            edge0=_after(start, (edge, edge_bias + more0)),
+            ends=tuple((w(r.source)[0], w(r.target)[0]) for r in layers),
+            scale1=_after(back, (film1[:, :c], film1_bias[:c])),
+            shift1=_after(back, (film1[:, c:], film1_bias[c:])),
+            edge1=_after(back, (own1, own1_bias + more1)),
+            hidden=_after(w(second.out), w(self.hidden)),
+            head=(
+                head.unflatten(1, (TAPS, -1))[..., some],
+                head_bias.unflatten(0, (TAPS, -1))[..., some],
+            ),
         )
 
     def forward(self, topology: Topology, windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -248,6 +231,11 @@ class NiNoGraph(Predictor):
         from wspace.nowcast.wiring import topology_of
 
         yield from Stream(self, topology_of(past), past, horizon).run()
+
+
+def _after(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two affine maps as one."""
+    return first[0] @ second[0], first[1] @ second[0] + second[1]
 
 
 class _Training:

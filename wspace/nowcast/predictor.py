@@ -127,7 +127,7 @@ class Predictor(nn.Module):
         if horizon == 0 or not wanted:
             return {name: x.detach().clone() for name, x in last.items()}
         space = module if isinstance(module, WeightSpace) else space
-        chosen = tuple(dict.fromkeys(ties[name] for name in wanted))
+        chosen = tuple(dict.fromkeys(ties[name] for name in last if name in wanted))
         windows = _windows(states, ties, set(chosen), everything=self.graphical)
         past = Past(module, windows, chosen, topology, space, (args, kwargs), moments)
         past.moments.update(_moments(windows, moments))

@@ -54,6 +54,10 @@ class Stream:
         self.low = self.like.to(torch.bfloat16) if low else self.like
         self.f = net.fused(horizon=horizon, dtype=torch.float64)
         self.room = Room()
+        self.window_map = self._map(self.f.edge0[0])
+        self.edge_map = self._edge_map(self.f.edge1[0])
+        self.hidden_map = self._edge_map(self.f.hidden[0]), self._map(self.f.hidden[1])
+        self.head_map = self._map(self.f.head[0][..., 0]), self._map(self.f.head[1][..., 0])
         self.windows = {name: [flat(x) for x in some] for name, some in past.windows.items()}
 
     def run(self) -> Iterator[tuple[str, Tensor]]:
@@ -159,14 +163,13 @@ class Stream:
             total = sources.sum(1, keepdim=True).mul_(q).expand(p, t, -1)
             around.index_add_(0, at, total.reshape(p * t, -1))
             terms = self._terms(b, self.first_ends)
-            low = sources.to(self.low)
             for part, sizes in self._chunks(b):
                 z = self._first(b, part, sizes, terms)[0]
-                z = z.sum(3, dtype=z.dtype) if sizes[3] > 1 else z.squeeze(3)
+                z = z.sum(3) if sizes[3] > 1 else z.squeeze(3)
                 where = _targets(at, b, part)
-                states.index_add_(0, where, z.sum(2).flatten(0, 1).to(states))
-                made = self._product(z, low[part[0], part[2]], scale)
-                cross.index_add_(0, where, made.to(cross))
+                states.index_add_(0, where, z.sum(2).flatten(0, 1))
+                made = self._product(z, sources[part[0], part[2]], scale)
+                cross.index_add_(0, where, made)
         d = self._degrees()
         states /= d
         scale, row = (self._map(m) for m in self.f.scale1)
@@ -178,15 +181,20 @@ class Stream:
         """Sums over sources of (z m) ⊙ w, ``(p * t, C)``; z ``(p, t, s, C)``, w ``(p, s, C)``."""
         p, t, s, c = z.shape
         if s == 1:
-            return (z.reshape(-1, c) @ m).view(p, t, c).mul_(w).flatten(0, 1)
-        if s < c:
-            made = self.room("product", (p * t * s, c), z)
-            torch.mm(z.reshape(-1, c), m, out=made)
-            return made.view(p, t, s, c).mul_(w[:, None]).sum(2).flatten(0, 1)
+            return (self._times(z.reshape(-1, c), m).view(p, t, c) * w).flatten(0, 1)
+        if s < c or m.dtype != z.dtype:
+            made = self._times(z.reshape(-1, c), m)
+            return (made.view(p, t, s, c) * w[:, None]).sum(2).flatten(0, 1)
         both = self.room("product", (p * t, c, c), z)
         wide = w[:, None].expand(p, t, s, c).reshape(p * t, s, c)
         torch.bmm(z.reshape(p * t, s, c).mT, wide, out=both)
         return both.mul_(m).sum(1)
+
+    def _times(self, x: Tensor, m: Tensor) -> Tensor:
+        """``x m`` in the type of m, in a kept buffer."""
+        if m.dtype != x.dtype:
+            x = self.room("low", x.shape, m).copy_(x)
+        return torch.mm(x, m, out=self.room("product", (len(x), m.shape[1]), m))
 
     # ----------------------------------------------------------------------- edges
 
@@ -232,8 +240,8 @@ class Stream:
         row = self._map(self.f.edge0[1][b.kind] if first else self.f.edge1[1])
         if first and not b.param:
             row = row + b.value * self._map(self.f.edge0[0])[: self.net.context].sum(0)
-        source = (ends[0][b.source.to(row.device)] + row).to(self.low)
-        target = ends[1][b.target.to(row.device)].to(self.low)
+        source = ends[0][b.source.to(row.device)] + row
+        target = ends[1][b.target.to(row.device)]
         return source.view(p, 1, s, 1, -1), target.view(p, t, 1, 1, -1)
 
     def _sum_of_terms(
@@ -241,7 +249,7 @@ class Stream:
     ) -> Tensor:
         """Both node terms of every edge of a chunk, ``(p, t, s, q, C)``, in a kept buffer."""
         source, target = terms[0][part[0], :, part[2]], terms[1][part[0], part[1]]
-        out = self.room(name, (*sizes, source.shape[-1]), self.low)
+        out = self.room(name, (*sizes, source.shape[-1]), self.like)
         return torch.add(source.expand(out.shape), target, out=out)
 
     def _first(
@@ -252,8 +260,7 @@ class Stream:
         x = None
         if b.param:
             x = self._window(b, part, sizes)
-            m = self._edge_map(self.f.edge0[0])[: len(x)]
-            z.view(-1, z.shape[-1]).addmm_(x.to(self.low).mT, m)
+            z.view(-1, z.shape[-1]).addmm_(x.mT, self.window_map[: len(x)])
         return F.silu(z, inplace=True), x
 
     def _decoded(self, name: str, blocks: Sequence[Edges]) -> Tensor:
@@ -296,13 +303,14 @@ class Stream:
         assert x is not None
         c, taps = z.shape[-1], b.sizes[4]
         z, y = z.view(-1, c), self._sum_of_terms("second", part, sizes, terms[1]).view(-1, c)
-        F.silu(y.addmm_(z, self._edge_map(self.f.edge1[0])), inplace=True)
-        m, row = (self._edge_map(x) for x in self.f.hidden)
-        F.silu(torch.addmm(row, y, m, out=z), inplace=True)
-        head, bias = self.f.head
-        made = torch.addmm(self._edge_map(bias[:taps, 0]), z, self._edge_map(head[:, :taps, 0])).to(
-            self.like
-        )
+        m, (hidden, row), (head, bias) = self.edge_map, self.hidden_map, self.head_map
+        if m.dtype == y.dtype:
+            F.silu(y.addmm_(z, m), inplace=True)
+            F.silu(torch.addmm(row, y, hidden, out=z), inplace=True)
+        else:
+            F.silu(y.add_(self._times(z, m)), inplace=True)
+            F.silu(torch.add(self._times(y, hidden), row, out=z), inplace=True)
+        made = torch.addmm(bias[:taps], z, head[:, :taps])
         return made.add_(x.view(taps, self.net.context, -1)[:, -1].mT)
 
 
