@@ -40,6 +40,11 @@ METANETS: dict[str, tuple[str, dict[str, Any], float]] = {
     "NG-T": ("NeuralGraphTransformer", GRAPH, 2e-3),
     "ScaleGMN": ("ScaleGMN", GRAPH, 2e-3),
     "probes only": ("ProbeOnly", {"count": 128, "hidden": [512, 256], "dropout": 0.2}, 1e-3),
+    "probes of classes": (
+        "ProbeOnly",
+        {"count": 128, "hidden": [512, 256], "dropout": 0.2, "classes": True},
+        1.5e-3,
+    ),
     "GMN + probes": ("GraphMetanet", PROBED, 2e-3),
     "NG-GNN + probes": ("NeuralGraphGNN", PROBED, 2e-3),
     "NG-T + probes": ("NeuralGraphTransformer", PROBED, 2e-3),
@@ -65,12 +70,14 @@ class Best(Callback):
             self.kept = {n: x.clone() for n, x in pl_module.state_dict().items()}
 
 
-def task_of(kind: str, name: str) -> Task:
-    made, options, rate = METANETS[name]
-    how = Optimization(lr=rate)
+def task_of(kind: str, name: str, inputs: Path | None = None) -> Task:
+    made, given, rate = METANETS[name]
+    options, how = dict(given), Optimization(lr=rate)
+    if inputs is not None and ("probes" in options or made == "ProbeOnly"):
+        options["probe_inputs"] = str(inputs)
     if kind == "inr":
-        return Classification(made, dict(options), optimization=how)
-    return Prediction(made, dict(options), optimization=how, rank_weight=0.1)
+        return Classification(made, options, optimization=how)
+    return Prediction(made, options, optimization=how, rank_weight=0.1)
 
 
 def data_of(options: argparse.Namespace, limit: int | None) -> ZooDataModule:
@@ -118,17 +125,18 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
     data, pilot = data_of(options, limit), 4
     data.setup("fit")
     how = options.precision
+    what = options.kind, name, options.probe_inputs
 
     def timed(steps: int) -> float:
         one = trainer_of(steps, [], 10**6, how)
-        return seconds_of(lambda: one.fit(task_of(options.kind, name), datamodule=data))
+        return seconds_of(lambda: one.fit(task_of(*what), datamodule=data))
 
     timed(1)  # traces, and makes what is made once
     each = max(1e-4, (timed(1 + pilot) - timed(1)) / pilot)
     batches = len(data.sampler("train"))
     steps = max(batches, min(options.epochs * batches, int(60 * options.minutes / each)))
     torch.manual_seed(seed)
-    task = task_of(options.kind, name)
+    task = task_of(*what)
     best = Best(task.monitor[0])
     trainer = trainer_of(steps, [best], max(1, steps // batches // 20), how)
     begin = time.perf_counter()
@@ -158,6 +166,7 @@ def trained(options: argparse.Namespace, name: str, seed: int, limit: int | None
         "held_out": options.held_out,
         "augment": options.augment,
         "precision": how,
+        "probe_inputs": options.probe_inputs is not None,
     } | {key.removeprefix("test/"): round(value, 5) for key, value in found.items()}
 
 
@@ -200,6 +209,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--held-out", type=pair, help="column=value of the test networks")
     parser.add_argument("--where", nargs="*", type=pair, default=[], help="column=value kept")
     parser.add_argument("--tested", nargs="*", type=pair, help="column=value of a second test")
+    parser.add_argument("--probe-inputs", type=Path, help="file of the probes' first values")
     parser.add_argument("--augment", nargs="*", help="symmetries to augment by")
     parser.add_argument("--out", type=Path, default=Path("metanet_quality.jsonl"))
     parser.add_argument("--precision", default="32-true", help="Lightning's (%(default)s)")

@@ -194,6 +194,17 @@ class ImageClassifiers(Counted):
         architecture = Architecture(f"datasets_zoo.architectures:{factory}", options, (spec,))
         return Cohort(architecture, states, columns)
 
+    def examples(self, count: int) -> Tensor:
+        """Training images as the networks see them, ``(count, channels, side, side)``.
+
+        Args:
+            count: How many; the same for every zoo of the data set.
+
+        Returns:
+            Images, such as first values of probes (`wspace.lit.build_metanet`).
+        """
+        return _data(self.dataset, self.root, self.grey)[0][:count].clone()
+
     def _hyper_parameters(self, optimizer: str, generator: torch.Generator) -> dict[str, Tensor]:
         """Hyper-parameters of a whole cohort, ``(size,)`` each."""
         ranges = RANGES | {"steps": (float(self.steps[0]), float(self.steps[-1]))}

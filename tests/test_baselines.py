@@ -34,6 +34,9 @@ MIXED: dict[str, Factory] = {
 INVARIANT: dict[str, Factory] = MIXED | {
     "StatNN": lambda module, space: StatNN(OUT, space=space),
     "ProbeOnly": lambda module, space: ProbeOnly(module, space, OUT, count=5),
+    "ProbeOnly of classes": lambda module, space: ProbeOnly(
+        module, space, OUT, count=5, classes=True
+    ),
 }
 ALL: dict[str, Factory] = INVARIANT | {
     "FlatMLP": lambda module, space: FlatMLP(space, OUT, hidden=(16,)),
@@ -96,6 +99,21 @@ def test_probes_see_the_function_alone() -> None:
     other, _ = made("StatNN")
     with pytest.raises(AssertionError, match="not invariant"):
         assert_invariant(lambda x: other(encode(space, x)), space, state, kinds=kinds)
+
+
+def test_probabilities_are_read_from_logits() -> None:
+    net, space = made("ProbeOnly of classes", fit=False)
+    assert isinstance(net, ProbeOnly)
+    values = dict(graph_of(space, 4, scale=30.0).values)
+    logits = net.probes(values).outputs.detach()
+    found = {slot: x.detach() for slot, x in net.features(values, space)}
+    assert_close(found[1].reshape(logits.shape), logits.softmax(-1))
+    assert float(logits.abs().max()) > 50
+    assert float(found[0].abs().max()) < 1
+    values[space.params[-1].name] = values[space.params[-1].name] + 3.0  # of all classes alike
+    assert space.params[-1].name == "4.bias"
+    for slot, x in net.features(values, space):
+        assert_close(found[slot], x)
 
 
 # -------------------------------------------------------------------- interface

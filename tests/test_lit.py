@@ -325,6 +325,46 @@ def test_one_architecture(name: str, zoos: dict[str, Path]) -> None:
         build_metanet(name, options, one)(graphs)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("ProbeOnly", {"count": 4}), ("GraphMetanet", {"probes": 4})]
+)
+def test_probes_begin_with_given_inputs(
+    name: str, options: dict[str, Any], zoos: dict[str, Path], tmp_path: Path
+) -> None:
+    zoo = wspace.zoo.open(zoos["one"])
+    example = zoo.architectures[0].example(torch.Generator().manual_seed(0))[0]
+    inputs = torch.randn(6, *example.shape[1:])
+    path = tmp_path / "inputs.safetensors"
+    wspace.save_checkpoint({"inputs": inputs}, path)
+    given = {**SMALL[name], **options, "probe_inputs": str(path)}
+    net: Any = build_metanet(name, given, zoo)
+    probes = {k: x for k, x in net.named_parameters() if "probes.input" in k}
+    assert [torch.equal(x, inputs[:4]) for x in probes.values()] == [True]
+    wspace.save_checkpoint({"inputs": inputs[:3]}, path)
+    with pytest.raises(WSpaceError, match="'inputs' of at least 4 inputs\n.*shape \\(3, "):
+        build_metanet(name, given, zoo)
+    wspace.save_checkpoint({"x": inputs}, path)
+    with pytest.raises(WSpaceError, match="no such tensor"):
+        build_metanet(name, given, zoo)
+
+
+def test_a_checkpoint_does_not_read_the_probes_file(zoos: dict[str, Path], tmp_path: Path) -> None:
+    zoo = wspace.zoo.open(zoos["one"])
+    example = zoo.architectures[0].example(torch.Generator().manual_seed(0))[0]
+    path = tmp_path / "inputs.safetensors"
+    wspace.save_checkpoint({"inputs": torch.randn(4, *example.shape[1:])}, path)
+    options = {**SMALL["ProbeOnly"], "probe_inputs": str(path)}
+    task = Classification("ProbeOnly", options)
+    run = trainer(1, tmp_path / "a", callbacks=[checkpoints(tmp_path / "a")])
+    run.fit(task, datamodule=ZooDataModule(zoos["one"]))
+    path.unlink()
+    last = tmp_path / "a" / "last.safetensors"
+    assert equal(load_task(last), task)
+    more = Classification("ProbeOnly", SMALL["ProbeOnly"], pretrained=last)
+    trainer(1, tmp_path / "b").fit(more, datamodule=ZooDataModule(zoos["one"]))
+    assert more.started is not None
+
+
 def test_wrong_metanets(zoos: dict[str, Path]) -> None:
     with pytest.raises(WSpaceError, match="did you mean 'GraphMetanet'"):
         Classification("GraphMetnet")

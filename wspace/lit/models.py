@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from wspace.errors import SpaceMismatch, WSpaceError, message
 from wspace.graph import ParameterGraph, decode
+from wspace.io import load_checkpoint
 from wspace.nn import (
     NFN,
     UNF,
@@ -58,13 +60,16 @@ NAMES = (*GRAPH, *STATE, *OTHER)
 FOUND = {"self", "space", "module", "example", "inputs", "out", "head"}
 """Parameters that the zoo or the task decides."""
 
-FREE = {"dropout", "stream", "chunk"}
+PROBES = "probe_inputs"
+"""Option that names a file; see `build_metanet`."""
+
+FREE = {"dropout", "stream", "chunk", PROBES}
 """Options that change neither what a weight means nor its shape."""
 
 MORE: dict[str, tuple[str, ...]] = {
     "NeuralGraphTransformer": ("heads",),
     "ScaleGMN": ("bidirectional",),
-    "ProbeOnly": ("learn", "loop"),
+    "ProbeOnly": ("learn", "loop", PROBES),
     "StatNN": ("mixed",),
 }
 """Options that a signature does not name."""
@@ -222,6 +227,9 @@ def build_metanet(
         name: One of `NAMES`: the classes of `wspace.nn`.
         options: Keyword arguments of the class, as plain values. Graph metanets take ``probes``, a
             number: learned inputs that are pushed through the networks, all of one architecture.
+            They and ``ProbeOnly`` take ``probe_inputs``, a safetensors file whose tensor ``inputs``
+            holds the probes' first values, ``(at least that number, *shape)``, such as some inputs
+            that the networks were trained on; see `without_files`.
             ``StatNN`` takes ``mixed``: True to average over tensors, which is what several
             architectures need; False for statistics of every tensor in a row; None decides.
         kinds: The zoo, or anything with its architectures. Needed unless the metanet takes any.
@@ -255,8 +263,8 @@ def build_metanet(
         return FlatMLP(_only(kinds, name).spaces[0], cast(int, out), **given)
     if name == "ProbeOnly":
         only = _only(kinds, name)
-        count = int(given.pop("count", 32))
-        module, inputs = _module(only, count, trust)
+        count, path = int(given.pop("count", 32)), given.pop(PROBES, None)
+        module, inputs = _module(only, count, trust, path)
         return ProbeOnly(module, only.spaces[0], cast(int, out), count=count, **inputs, **given)
     if name == "StatNN":
         mixed = given.pop("mixed", None)
@@ -284,7 +292,7 @@ def check_metanet(name: str, options: Mapping[str, Any]) -> None:
                 help=_near(name, NAMES),
             )
         )
-    known = {*_defaults(name), *MORE.get(name, ())}
+    known = {*_defaults(name), *MORE.get(name, ())} | ({PROBES} if name in GRAPH else set())
     wrong = [key for key in options if key not in known]
     if wrong:
         raise WSpaceError(
@@ -351,10 +359,10 @@ def _graph_metanet(
     out: int | None,
     trust: Sequence[str],
 ) -> nn.Module:
-    count = given.pop("probes", 0)
+    count, path = given.pop("probes", 0), given.pop(PROBES, None)
     if count:
         only = _only(kinds, f"{name} with probes")
-        module, inputs = _module(only, int(count), trust)
+        module, inputs = _module(only, int(count), trust, path)
         given["probes"] = Probes(module, only.spaces[0], count=int(count), **inputs)
     head = "parameter" if out is None else "graph"
     return GRAPH[name](out or 1, head=head, **given)
@@ -381,10 +389,41 @@ def _only(kinds: Kinds | None, what: str) -> Kinds:
     return kinds
 
 
-def _module(kinds: Kinds, count: int, trust: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+def without_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a metanet whose weights are known, so that first values need not be read.
+
+    Args:
+        options: Options of `build_metanet`.
+
+    Returns:
+        Those that decide what its weights are.
+    """
+    return {key: value for key, value in options.items() if key != PROBES}
+
+
+def _probe_inputs(path: str | Path, count: int) -> Tensor:
+    """The first `count` inputs in a file."""
+    found = load_checkpoint(path).get("inputs")
+    if found is None or not found.dim() or len(found) < count:
+        raise WSpaceError(
+            message(
+                f"metanet: {path} does not hold the probes' first values",
+                expected=f"a tensor 'inputs' of at least {count} inputs",
+                got="no such tensor" if found is None else f"shape {tuple(found.shape)}",
+                help="write it with safetensors.torch.save_file({'inputs': x}, path)",
+            )
+        )
+    return found[:count]
+
+
+def _module(
+    kinds: Kinds, count: int, trust: Sequence[str], path: str | Path | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The module that probes run through, and the options of `Probes` that give the inputs."""
     architecture = kinds.architectures[0]
     module = architecture.module(trust=trust)
+    if path is not None:
+        return module, {"inputs": _probe_inputs(path, count)}
     example = architecture.example(torch.Generator().manual_seed(0))
     if all(x.is_floating_point() for x in example):
         return module, {"example": example}

@@ -12,7 +12,7 @@ from wspace.graph import ParameterGraph, encode
 from wspace.lit.checkpoint import read
 from wspace.lit.contrastive import Contrastive
 from wspace.lit.data import SpaceBatches
-from wspace.lit.models import Seen
+from wspace.lit.models import Seen, without_files
 from wspace.lit.modules import Classification, Editing, Prediction
 from wspace.lit.task import Optimization, Task
 from wspace.space import WeightSpace
@@ -93,6 +93,7 @@ def _made(
     """The task that a header describes, its metanet with fresh weights."""
     options = dict(found["config"])
     options.pop("pretrained", None)  # the weights are here
+    options["options"] = without_files(options["options"])
     how = dict(options.pop("optimization"))
     how["betas"] = tuple(how["betas"])
     options["optimization"] = Optimization(**how)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wspace.errors import CheckpointError, WSpaceError, message
 from wspace.lit.checkpoint import read
-from wspace.lit.models import Seen, build_metanet, differing
+from wspace.lit.models import Seen, build_metanet, differing, without_files
 
 PREFIX = "metanet."
 
@@ -79,7 +79,8 @@ def start_from(
         _check(path, found, name, options)
         kinds = Seen.from_list(found["seen"]) + Seen.from_list(found.get("others", []))
         with torch.random.fork_rng(devices=[]):
-            theirs = build_metanet(name, found["config"]["options"], kinds, out=out, trust=trust)
+            given = without_files(found["config"]["options"])
+            theirs = build_metanet(name, given, kinds, out=out, trust=trust)
     except WSpaceError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

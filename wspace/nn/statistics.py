@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wspace.errors import SpaceMismatch, message
 from wspace.graph.parameter import ParameterGraph
@@ -295,6 +296,9 @@ class ProbeOnly(Baseline):
         count: Number of probes.
         hidden: Widths of the hidden layers.
         dropout: Share of hidden units left out in training.
+        classes: True if the last axis of the outputs holds logits of classes. Their range differs
+            by orders of magnitude between networks, so what is read is the probabilities, and the
+            logits less their mean, :math:`y / (1 + |y|)`.
         options: Further options of `Probes`: ``inputs``, ``example``, ``learn``, ``loop`` …
     """
 
@@ -307,22 +311,28 @@ class ProbeOnly(Baseline):
         count: int = 32,
         hidden: Sequence[int] = (128, 128),
         dropout: float = 0.0,
+        classes: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(space, 1, 1)
-        self.probes = Probes(module, space, count=count, **options)
-        self.head = _perceptron((prod(self.probes.shape), *hidden, out), dropout)
+        readings = 2 if classes else 1
+        super().__init__(space, readings, 1)
+        self.probes, self.classes = Probes(module, space, count=count, **options), classes
+        self.head = _perceptron((readings * prod(self.probes.shape), *hidden, out), dropout)
 
     def features(self, values: Values, space: WeightSpace) -> Features:
         """Outputs on all probes."""
         names = [(name, p.name) for p in space.params for name in (p.name, *p.ties)]
         outputs = self.probes({name: values[of] for name, of in names}).outputs
-        return [(0, outputs.flatten(1)[..., None])]
+        if not self.classes:
+            return [(0, outputs.flatten(1)[..., None])]
+        centred = outputs - outputs.mean(-1, keepdim=True)
+        readings = F.softsign(centred), outputs.softmax(-1)
+        return [(slot, x.flatten(1)[..., None]) for slot, x in enumerate(readings)]
 
     def answer(self, features: Sequence[Tensor], space: WeightSpace) -> Tensor:
         """Perceptron on the outputs."""
         del space
-        return self.head(features[0].flatten(1))
+        return self.head(torch.cat([x.flatten(1) for x in features], 1))
 
 
 # --------------------------------------------------------------------- features
