@@ -211,6 +211,24 @@ def test_scaled_windows_are_those_of_the_trajectory() -> None:
             assert torch.allclose(part.ahead[i], (later - x.mean()) / (x.std() + 1e-6), atol=1e-5)
 
 
+def test_smooth_targets_are_means_around_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = {"a": torch.randn(2, STATES, 3, generator=generator) + 100}
+    where = cut(2, STATES, Windows((1, 3), smooth=6), (5, 8), generator)
+    (part,) = scaled(values, ["a"], where)
+    for i in range(len(where.row)):
+        x = values["a"][where.row[i]]
+        window = x[where.past[i]]
+        stride = int(where.past[i, 1] - where.past[i, 0])
+        for k in where.known[i].nonzero()[:, 0].tolist():
+            place = int(where.past[i, -1]) + stride * (k + 1)
+            half = min(6 * stride, STATES - 1 - place, place)
+            target = x[place - half : place + half + 1].mean(0)
+            expected = (target - window.mean()) / (window.std() + 1e-6)
+            assert torch.allclose(part.ahead[i, k], expected, atol=1e-4)
+    assert int((where.ahead - where.around).min()) >= 0 < int(where.around.max())
+
+
 def test_chosen_entries_keep_the_scale_of_the_tensor() -> None:
     generator = torch.Generator().manual_seed(0)
     values = {"a": torch.randn(1, STATES, 50, generator=generator)}
@@ -263,7 +281,7 @@ def test_errors_of_perfect_answers_are_zero() -> None:
     time = torch.arange(20.0)
     x = torch.tensor([0.3, -2.0])[None, None] * time[None, :, None] + 1
     where = Cut(torch.zeros(1).long(), torch.arange(5)[None], torch.arange(5, 11)[None],
-                torch.ones(1, 6, dtype=torch.bool))  # fmt: skip
+                torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, 6).long())  # fmt: skip
     (part,) = scaled({"a": x}, ["a"], where)
     model, still, straight, _ = _sums([part], [part.ahead - part.past[:, -1:]], where.known, False)
     assert float(model.max()) == 0 and float(straight.max()) < 1e-4 < float(still.min())

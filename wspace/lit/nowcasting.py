@@ -257,9 +257,39 @@ def _made(name: str, options: Mapping[str, Any]) -> nn.Module:
     if name not in PREDICTORS:
         raise _unknown(name)
     try:
-        return PREDICTORS[name](**options)
+        made = PREDICTORS[name](**options)
     except TypeError as error:
         raise WSpaceError(message(f"Nowcasting: options of {name}", got=str(error))) from error
+    begin(made)
+    return made
+
+
+def begin(predictor: Network, *, gain: float = 10.0) -> None:
+    """Initial weights from which a predictor learns fast.
+
+    States of one window differ little against the deviation of the whole tensor, so the first map
+    reads the last of them and differences from it times a gain. The last map is zero: training
+    begins with no change.
+
+    Args:
+        predictor: Its weights are replaced.
+        gain: Factor of the differences.
+    """
+    for module in predictor.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
+    last = predictor.layers[-1] if isinstance(predictor, NiNoMLP) else predictor.head
+    for x in last.parameters():
+        nn.init.zeros_(x)
+    context = predictor.context
+    read = torch.eye(context)
+    read[:-1] *= -gain
+    read[:-1, -1] = gain
+    with torch.no_grad():
+        weight = predictor.enter.weight.unflatten(1, (-1, context))
+        weight.copy_(torch.randn_like(weight) * context**-0.5 @ read)
 
 
 def _unknown(name: str) -> WSpaceError:

@@ -30,12 +30,17 @@ class Windows:
             drawn anew for every batch; graph predictors see all.
         mirror: Whether such a predictor sees half of the windows with all signs reversed: nothing
             in training tells a weight from its negative.
+        smooth: Instead of a later state, the target is the mean of the states up to so many
+            spacings around it, as far as the trajectory goes on both sides: where training is
+            heading, without the noise of its steps. Near horizons then ask for what the window
+            itself says of its noise. 0 for the state, as published.
     """
 
     strides: tuple[int, int] = (1, 4)
     each: int = 4
     entries: int = 256
     mirror: bool = True
+    smooth: int = 0
 
 
 class Cut(NamedTuple):
@@ -47,12 +52,14 @@ class Cut(NamedTuple):
         ahead: Places of the states 1, 2 … spacings after the last, ``(n, longest)``; where the
             trajectory has ended, its last.
         known: Whether the trajectory goes so far, ``(n, longest)``.
+        around: States on either side of which the target is a mean, ``(n, longest)``.
     """
 
     row: Tensor
     past: Tensor
     ahead: Tensor
     known: Tensor
+    around: Tensor
 
 
 class Scaled(NamedTuple):
@@ -61,7 +68,7 @@ class Scaled(NamedTuple):
     Attributes:
         name: Of the tensor.
         past: ``(n, c, entries)``.
-        ahead: ``(n, longest, entries)``.
+        ahead: Targets ``(n, longest, entries)``.
         chosen: Which entries of the flat tensor these are, ``(entries,)``; None for all.
     """
 
@@ -108,8 +115,29 @@ def cut(
     start = torch.minimum(start, room - 1)
     past = start[:, None] + stride[:, None] * torch.arange(context)
     ahead = past[:, -1:] + stride[:, None] * torch.arange(1, longest + 1)
-    row = torch.arange(rows).repeat_interleave(how.each)
-    return Cut(row, past, ahead.clamp(max=states - 1), ahead < states)
+    row, known = torch.arange(rows).repeat_interleave(how.each), ahead < states
+    ahead = ahead.clamp(max=states - 1)
+    around = torch.minimum(stride[:, None] * how.smooth, ahead).minimum(states - 1 - ahead)
+    return Cut(row, past, ahead, known, around)
+
+
+def later(x: Tensor, where: Cut) -> Tensor:
+    """Targets: the states ahead, or means around them.
+
+    Args:
+        x: Trajectories, ``(rows, states, entries)``.
+        where: From `cut`.
+
+    Returns:
+        ``(n, longest, entries)``.
+    """
+    row, ahead, around = (i.to(x.device) for i in (where.row[:, None], where.ahead, where.around))
+    if not bool(where.around.any()):
+        return x[row, ahead]
+    start = x[:, :1]  # sums of differences from it are exact enough
+    sums = torch.cat([torch.zeros_like(start), (x - start).cumsum(1)], 1)
+    count = (2 * around + 1)[..., None].to(x.dtype)
+    return start[row[:, 0]] + (sums[row, ahead + around + 1] - sums[row, ahead - around]) / count
 
 
 def deviation(past: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,17 +176,14 @@ def scaled(
     """
     for name in names:
         x = values[name].flatten(2) if values[name].dim() > 2 else values[name][..., None]
-        row, past, ahead = (i.to(x.device) for i in (where.row, where.past, where.ahead))
-        before = x[row[:, None], past]
+        before = x[where.row.to(x.device)[:, None], where.past.to(x.device)]
         mean, spread = deviation(before)
         chosen = None
         if entries is not None and x.shape[2] > entries:
             chosen = torch.randperm(x.shape[2], generator=generator)[:entries].to(x.device)
             x, before = x[..., chosen], before[..., chosen]
         mean, factor = mean[:, None, None], (spread + EPSILON)[:, None, None]
-        yield Scaled(
-            name, (before - mean) / factor, (x[row[:, None], ahead] - mean) / factor, chosen
-        )
+        yield Scaled(name, (before - mean) / factor, (later(x, where) - mean) / factor, chosen)
 
 
 def trained_names(space: WeightSpace) -> list[str]:
