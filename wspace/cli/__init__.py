@@ -1,4 +1,4 @@
-"""The command `wspace`: inspect, verify, convert, model zoos, and a demonstration.
+"""The command `wspace`: inspect, verify, convert, nowcast, model zoos, and a demonstration.
 
 Exit codes: 0 done, 1 a claim did not hold, 2 wrong use or bad input, 130 interrupted.
 """
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from wspace.cli.convert import convert
 from wspace.cli.inspect import inspect
+from wspace.cli.nowcast import nowcast, nowcast_options
 from wspace.cli.screen import console
 from wspace.cli.train import TRAINING, is_lightning, predict, train
 from wspace.cli.verify import verify
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   wspace inspect py:net.py:build --plot net.svg
   wspace verify torchvision:resnet18       prove the symmetry on the weights
   wspace convert model.safetensors model.graph.safetensors
+  wspace nowcast runs/mine --horizon 10 --out ahead.safetensors
   wspace fit --config configs/inr_classification_gmn.yaml --data.path zoos/mnist
   wspace predict --ckpt last.safetensors model.safetensors
   wspace zoo build digits zoos/digits      train a zoo of small networks
@@ -117,6 +119,9 @@ def parser() -> Parser:
     _inspect_options(command("inspect", inspect, "show a model or a checkpoint with its symmetry"))
     _verify_options(command("verify", verify, "prove the symmetry of a model on its weights"))
     _convert_options(command("convert", convert, "checkpoint to graph file, or back, bit for bit"))
+    it = command("nowcast", nowcast, "predict a later checkpoint from the last ones of a run")
+    nowcast_options(it)
+    _code_options(it)
     _demo_options(command("demo", _demo, "train, convert, move and prove small networks"))
     for name, help in TRAINING.items():
         command(name, train, help)
