@@ -1,4 +1,4 @@
-"""The demonstration: small networks trained, converted, moved and proved, on one page.
+"""The demonstration: small networks trained, converted, moved, proved and nowcast, on one page.
 
 A list of steps, each a function that does one thing for real, prints what it found and adds it to
 the page. Nothing is downloaded: the digits are scikit-learn's, the other networks come from their
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wspace
+from wspace.demo.nowcasting import nowcast
 from wspace.demo.zoo import ask, build_zoo, train_metanets
 from wspace.errors import MissingExtra, message
 from wspace.graph import decode, encode, load_graph, save_graph
@@ -145,7 +146,8 @@ def _train(stage: Stage) -> None:
     seconds = time.perf_counter() - start
     model.eval()
     right = _accuracy(model, test, truth)
-    stage.found |= {"model": model, "test": test, "truth": truth}
+    stage.found |= {"model": model, "images": images, "labels": labels}
+    stage.found |= {"test": test, "truth": truth}
     stage.say(f"{100 * right:.1f}% of {len(truth)} test digits right, after {seconds:.1f} s")
     stage.page.text(
         "A small convolutional network learns scikit-learn's handwritten digits: two convolutions "
@@ -364,6 +366,7 @@ STEPS: tuple[tuple[str, Callable[[Stage], None]], ...] = (
     ("Move it: other weights, same function", _move),
     ("Prove it, here and on other architectures", _verify),
     ("A transformer as a graph", _transformer),
+    ("Nowcast a training run", nowcast),
     ("Build a zoo of classifiers", build_zoo),
     ("Train networks on weights", train_metanets),
     ("Ask about a checkpoint", ask),
