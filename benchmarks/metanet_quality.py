@@ -43,7 +43,7 @@ METANETS: dict[str, tuple[str, dict[str, Any], float]] = {
     "probes of classes": (
         "ProbeOnly",
         {"count": 128, "hidden": [512, 256], "dropout": 0.2, "classes": True},
-        1.5e-3,
+        1e-3,
     ),
     "GMN + probes": ("GraphMetanet", PROBED, 2e-3),
     "NG-GNN + probes": ("NeuralGraphGNN", PROBED, 2e-3),
