@@ -25,7 +25,7 @@ from wspace.io import Checkpoint, Layout, fit_checkpoint, save_checkpoint
 from wspace.io.layout import TORCH_SUFFIXES
 from wspace.nowcast import SHIPPED, Average, LinearFit, Predictor, load, load_published
 from wspace.nowcast.forecast import predictable
-from wspace.nowcast.predictor import TOPOLOGIES, ties_of
+from wspace.nowcast.predictor import TOPOLOGIES, pieces, ties_of
 
 BUILT_IN = ("linear", "average")
 CONTEXT = 5
@@ -362,21 +362,21 @@ def _plain(found: Nowcast, target: Path) -> dict[str, Any]:
 def _moved(found: Nowcast, name: str) -> dict[str, Any]:
     """How large a tensor is, how far it moved, and how far it had in the last spacing."""
     states = found.series.states
-    last = states[-1][name]
-    new = found.state[name].to(torch.float32) - last.to(torch.float32)
-    before = last.to(torch.float32) - states[-2 if len(states) > 1 else -1][name].to(torch.float32)
+    last, before = states[-1][name], states[-2 if len(states) > 1 else -1][name]
+    squares, largest = torch.zeros(3, dtype=torch.float64), 0.0
+    for x, y, z in pieces(found.state[name], last, before):  # the files may be larger than memory
+        now, new, old = y.double(), x.double() - y.double(), y.double() - z.double()
+        squares += torch.stack([now.dot(now), new.dot(new), old.dot(old)])
+        largest = max(largest, float(new.abs().max()))
+    size, moved, old = squares.sqrt().tolist()
     return {
         "name": name,
         "elements": last.numel(),
-        "size": _norm(last),
-        "moved": _norm(new),
-        "before": _norm(before),
-        "largest": float(new.abs().max()) if new.numel() else 0.0,
+        "size": size,
+        "moved": moved,
+        "before": old,
+        "largest": largest,
     }
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _ratio(part: float, whole: float) -> float | None:

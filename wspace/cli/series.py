@@ -14,7 +14,8 @@ from pathlib import Path
 from wspace.cli.screen import working
 from wspace.errors import CheckpointError, message
 from wspace.io import Checkpoint, load_checkpoint
-from wspace.io.layout import INDEX, TORCH_SUFFIXES
+from wspace.io.layout import INDEX, TORCH_SUFFIXES, WIDE
+from wspace.nowcast.forecast import finite
 
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 WORDS = (r"steps?[=_-]?(\d+)", r"(?:checkpoint|ckpt|iter|iteration|epoch)[=_-]?(\d+)")
@@ -186,6 +187,7 @@ def _check_states(paths: Sequence[Path], states: Sequence[Checkpoint]) -> None:
     bad = [
         f"{number:,} of {name!r} in {path}"
         for path, state in zip(paths, states, strict=True)
+        if not all(finite(x) for x in state.values() if x.dtype in WIDE)
         for name, number in state.nonfinite.items()
     ]
     if bad:
