@@ -1,9 +1,10 @@
 """How many steps does nowcasting save? Against Adam with a tuned learning rate, on held-out tasks.
 
 For every task Adam's constant learning rate is tuned by the final validation loss with a seed that
-is not tested; the peak of Adam with a cosine schedule is that rate or twice it. All nowcasters use
-Adam's rate, one period, one decay of horizons, and a guard on held training examples. For one seed,
-all methods see the same initial weights and batches.
+is not tested; the peak of Adam with a cosine schedule is that rate or twice it, and likewise the
+rate of nowcasters with a rate of their own. Others use Adam's rate. All nowcasters have one period,
+one decay of horizons, and a guard on held training examples. For one seed, all methods see the same
+initial weights and batches.
 
 Validation loss is measured every `EVERY` steps on fixed examples. A run's final loss is the mean of
 its last `LAST` measurements. It has reached a target at the first step at which the mean of its
@@ -47,7 +48,10 @@ PREDICTORS: dict[str, Callable[[argparse.Namespace], Predictor]] = {
     "NiNo MLP, published": lambda options: nowcast.load_published(options.published),
     "MLP": lambda options: nowcast.load(options.mlp),
     "graph": lambda options: nowcast.load(options.graph),
+    "MLP, own rate": lambda options: nowcast.load(options.mlp),
+    "graph, own rate": lambda options: nowcast.load(options.graph),
 }
+OWN_RATE = (COSINE, "MLP, own rate", "graph, own rate")
 METHODS = (ADAM, COSINE, *PREDICTORS)
 
 
@@ -64,7 +68,7 @@ def nowcaster(
         choose=options.choose,
     )
     predictor = PREDICTORS[method](options)
-    ours = method in {"MLP", "graph"}  # the others do not ask
+    ours = method.startswith(("MLP", "graph"))  # the others do not ask
     space = wspace.trace(module, (data.example,)) if ours else None
     return Nowcaster(
         adam,
@@ -131,7 +135,7 @@ def setting(options: argparse.Namespace, method: str) -> str:
         return ""
     names = ("period", "longest", "power", "choose", "shrink", "attempts", "moments")
     text = " ".join(f"{n}={getattr(options, n)}" for n in names)
-    file = {"MLP": options.mlp, "graph": options.graph}.get(method, "")
+    file = {"MLP": options.mlp, "graph": options.graph}.get(method.removesuffix(", own rate"), "")
     return f"{text} {Path(file).name}".strip()
 
 
@@ -158,10 +162,10 @@ def measure(options: argparse.Namespace) -> None:
     for name in options.tasks:
         for rate in TASKS[name].rates:
             ensure(options, name, ADAM, rate, TUNING_SEED)
-        if COSINE in options.methods:
+        for method in OWN_RATE:
             rate = best_rate(read(options.out), options, name, ADAM)
-            for factor in (1, 2):
-                ensure(options, name, COSINE, factor * rate, TUNING_SEED)
+            for factor in (1, 2) if method in options.methods else ():
+                ensure(options, name, method, factor * rate, TUNING_SEED)
     for seed in options.seeds:
         for name in options.tasks:
             for method in options.methods:
@@ -182,8 +186,8 @@ def ensure(options: argparse.Namespace, name: str, method: str, rate: float, see
 
 
 def best_rate(rows: list[dict[str, Any]], options: Any, name: str, method: str) -> float:
-    """The tuned rate: of the cosine schedule its own, of nowcasters Adam's."""
-    judge = COSINE if method == COSINE else ADAM
+    """The tuned rate: of `OWN_RATE` its own, of other nowcasters Adam's."""
+    judge = method if method in OWN_RATE else ADAM
     tuned = [
         r
         for r in rows
