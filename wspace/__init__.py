@@ -6,6 +6,7 @@ changing its function, and run every weight-space method on that one description
 
 from wspace import errors as errors
 from wspace import nn as nn
+from wspace import nowcast as nowcast
 from wspace import testing as testing
 from wspace import zoo as zoo
 from wspace.action import State as State
