@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from wspace.errors import NowcastError, message
-from wspace.nowcast.predictor import Past, Predictor
+from wspace.nowcast.predictor import Past, Predictor, unmixed
 from wspace.nowcast.topology import TAPS, Edges, Topology
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -214,6 +214,8 @@ class NiNoGraph(Predictor):
     def forward(self, topology: Topology, windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Changes of all parameters, for all horizons, of several networks of one topology.
 
+        It computes in the type of its weights, under autocast too.
+
         Args:
             topology: How the networks are wired.
             windows: Scaled past values of every parameter, ``(B, c, *shape)``.
@@ -223,8 +225,8 @@ class NiNoGraph(Predictor):
         """
         if not self.laplacian and self.token is None:
             topology = topology.merged
-        run = _Training(self, topology, windows)
-        return run()
+        with unmixed(self, windows.values()):
+            return _Training(self, topology, windows)()
 
     def _ahead(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:
         from wspace.nowcast.streaming import Stream

@@ -6,7 +6,8 @@ ties, entries that never moved, and that nothing but finite numbers comes out.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -83,7 +84,6 @@ class Predictor(nn.Module):
     def _ahead(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:
         """New contiguous tensors for ``past.names``, in any order."""
 
-    @torch.no_grad()
     def predict(
         self,
         module: nn.Module | WeightSpace,
@@ -121,27 +121,18 @@ class Predictor(nn.Module):
                 past or predicted value is not finite.
         """
         self._check(states, horizon, topology)
-        ties = ties_of(module)
-        wanted = _wanted(module, states[-1], ties, names)
-        last = states[-1]
-        if horizon == 0 or not wanted:
-            return {name: x.detach().clone() for name, x in last.items()}
-        space = module if isinstance(module, WeightSpace) else space
-        chosen = tuple(dict.fromkeys(ties[name] for name in last if name in wanted))
-        windows = _windows(states, ties, set(chosen), everything=self.graphical)
-        past = Past(module, windows, chosen, topology, space, (args, kwargs), moments)
-        past.moments.update(_moments(windows, moments))
-        made = dict(self._finished(past, horizon))
-        out: dict[str, Tensor] = {}
-        given: set[str] = set()
-        for name, x in last.items():
-            first = ties.get(name, name)
-            if name not in wanted:
-                out[name] = x.detach().clone()
-            else:  # the second name of a tied tensor gets a copy
-                out[name] = made[first].clone() if first in given else made[first]
-                given.add(first)
-        return out
+        example = args, kwargs
+        with torch.inference_mode(False), torch.no_grad(), unmixed(self, states[-1].values()):
+            ties = ties_of(module)
+            wanted = _wanted(module, states[-1], ties, names)
+            chosen = tuple(dict.fromkeys(ties[name] for name in states[-1] if name in wanted))
+            if horizon == 0 or not chosen:
+                return _assembled({}, states[-1], ties)
+            space = module if isinstance(module, WeightSpace) else space
+            windows = _windows(states, ties, set(chosen), everything=self.graphical)
+            past = Past(module, windows, chosen, topology, space, example, moments)
+            past.moments.update(_moments(windows, moments))
+            return _assembled(dict(self._finished(past, horizon)), states[-1], ties)
 
     def _finished(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:
         for name, ahead in self._ahead(past, horizon):
@@ -166,6 +157,25 @@ class Predictor(nn.Module):
             wrong = f"expected a topology among {', '.join(TOPOLOGIES)}\n  got {topology!r}"
         if wrong:
             raise NowcastError(f"predict: {type(self).__name__} cannot do this\n  {wrong}")
+
+
+@contextmanager
+def unmixed(net: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """No autocast on the devices of a network and of tensors, whatever surrounds.
+
+    Args:
+        net: The network.
+        tensors: What it works on.
+
+    Yields:
+        Nothing.
+    """
+    kinds = {"cpu", *(x.device.type for x in (*net.parameters(), *tensors))}
+    with ExitStack() as stack:
+        for kind in sorted(kinds):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 # ------------------------------------------------------------------- which tensors
@@ -241,6 +251,22 @@ def _windows(
                 help="leave a parameter out with `names=`, or start the history afresh",
             )
         )
+    return out
+
+
+def _assembled(
+    made: Mapping[str, Tensor], last: State, ties: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """New tensors under all their names, and copies of the others."""
+    out: dict[str, Tensor] = {}
+    given: set[str] = set()
+    for name, x in last.items():
+        first = ties.get(name, name)
+        if first not in made:
+            out[name] = x.detach().clone()
+        else:  # the second name of a tied tensor gets a copy
+            out[name] = made[first].clone() if first in given else made[first]
+            given.add(first)
     return out
 
 

@@ -1,0 +1,72 @@
+"""Predictors keep their numbers and their form whatever surrounds them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_nowcast_predictors import State, randomised, walk
+from torch import Tensor, nn
+
+import wspace
+from wspace.nowcast import WNN, NiNoGraph, NiNoMLP, Predictor
+from wspace.nowcast.wiring import traced
+
+MAKE: dict[str, Callable[[], Predictor]] = {
+    "WNN": lambda: WNN(8),
+    "NiNoMLP": lambda: NiNoMLP(8),
+    "NiNoGraph": lambda: NiNoGraph(8),
+    "NiNoGraph codes": lambda: NiNoGraph(8, laplacian=True),
+}
+
+
+def predictor(name: str) -> Predictor:
+    made = randomised(MAKE[name]())
+    assert isinstance(made, Predictor)
+    return made
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def history(module: nn.Module, seed: int = 0) -> list[State]:
+    """Past states in the module's type."""
+    like = module.state_dict()
+    return [{n: x.to(like[n].dtype) for n, x in s.items()} for s in walk(module, seed=seed)]
+
+
+def windows(module: nn.Module) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {n: torch.randn(2, 5, *p.shape, generator=g) for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_autocast_around_a_prediction_changes_no_bit(name: str) -> None:
+    module, net = small(), predictor(name)
+    space, states = wspace.trace(module, (torch.zeros(1, 6),)), history(module)
+    want = net.predict(module, states, horizon=3, space=space)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net.predict(module, states, horizon=3, space=space)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(out[n], x) for n, x in want.items())
+    assert any(not torch.equal(x, states[-1][n]) for n, x in want.items())
+
+
+@pytest.mark.parametrize("name", ["NiNoGraph", "NiNoGraph codes"])
+def test_autocast_around_the_training_pass_changes_no_bit(name: str) -> None:
+    module, net = small(), predictor(name)
+    assert isinstance(net, NiNoGraph)
+    topology = traced(wspace.trace(module, (torch.zeros(1, 6),)))
+    found: list[tuple[list[Tensor], list[Tensor]]] = []
+    for low in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            changes = net(topology, windows(module))
+            total = sum((x.square().sum() for x in changes.values()), torch.zeros(()))
+        total.backward()
+        grads = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        found.append(([*changes.values()], grads))
+    for a, b in zip(*found, strict=True):
+        assert len(a) == len(b) > 0
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
