@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from tests.test_nowcaster import Shift, assert_equal, net, snapshot
 from wspace.errors import NowcastError
 from wspace.lit import NowcastCallback
-from wspace.nowcast import Decay, Guard, Jump, LinearFit, Nowcaster, trainer_callback
+from wspace.nowcast import Decay, Guard, Jump, LinearFit, NoChange, Nowcaster, trainer_callback
 from wspace.nowcast.huggingface import load, save
 
 pytestmark = [
@@ -170,6 +170,36 @@ def test_lightning_judges_by_the_validation_loss(tmp_path: Path, returns: str) -
         assert_equal(a, b)
     assert all(j.before is not None and j.after is not None for j in callback.jumps)
     assert callback.jumps[0].after > callback.jumps[0].before
+
+
+class Headed(Toy):
+    """What moves is a part; the loss runs more, which batch normalisation and dropout are in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5))
+
+    def _loss(self, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(self.head(self.model(batch[0])), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        assert not self.training and not self.head.training
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("how", ["batches", "function", "guard"])
+def test_lightning_guards_a_part_with_the_whole(tmp_path: Path, how: str) -> None:
+    module, other = Headed(), Headed()
+    given: dict[str, Any] = {
+        "batches": {"held": 2},
+        "function": {"held": lambda m: m._loss(points(10, 5)[:])},
+        "guard": {"guard": Guard(lambda: module._loss(points(10, 5)[:]))},
+    }[how]
+    callback = NowcastCallback(NoChange(), module="model", on_error="raise", **given, **JUMPS)
+    fit(module, tmp_path, [callback], steps=11)
+    fit(other, tmp_path, [], steps=11)
+    assert [(j.horizon, j.before == j.after) for j in callback.jumps] == [(3, True)] * 2
+    assert_equal(other.state_dict(), module.state_dict())
 
 
 def test_lightning_says_what_it_misses(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ A module may as well make a `wspace.nowcast.Nowcaster` in ``configure_optimizers
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from math import isfinite
 from typing import Any
@@ -162,9 +163,11 @@ class NowcastCallback(Callback):
 
     def _guard(self, trainer: Trainer, module: LightningModule) -> Guard | None:
         held, guard = self.held, self.guard
-        if held is None or isinstance(guard, Guard):
-            return guard if isinstance(guard, Guard) else None
-        how: Mapping[str, Any] = guard or {}
+        if isinstance(guard, Guard):
+            return replace(guard, module=module if guard.module is None else guard.module)
+        if held is None:
+            return None
+        how: Mapping[str, Any] = {"module": module, **(guard or {})}
         if not isinstance(held, int):
             return Guard(lambda: held(module), **how)
         batches = _first(trainer, held)

@@ -6,9 +6,7 @@ Predictors say what a state will be some time from now, given the last few.
 from wspace.nowcast.graph import NiNoGraph as NiNoGraph
 from wspace.nowcast.guard import Guard as Guard
 from wspace.nowcast.huggingface import trainer_callback as trainer_callback
-from wspace.nowcast.jumps import Jump as Jump
 from wspace.nowcast.jumps import Jumps as Jumps
-from wspace.nowcast.jumps import Settings as Settings
 from wspace.nowcast.mlp import WNN as WNN
 from wspace.nowcast.mlp import NiNoMLP as NiNoMLP
 from wspace.nowcast.optimizer import Nowcaster as Nowcaster
@@ -18,6 +16,8 @@ from wspace.nowcast.predictor import NoChange as NoChange
 from wspace.nowcast.predictor import Predictor as Predictor
 from wspace.nowcast.published import load_published as load_published
 from wspace.nowcast.schedule import Decay as Decay
+from wspace.nowcast.settings import Jump as Jump
+from wspace.nowcast.settings import Settings as Settings
 from wspace.nowcast.store import SHIPPED as SHIPPED
 from wspace.nowcast.store import card_of as card_of
 from wspace.nowcast.store import load as load

@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from wspace.errors import MissingExtra, NowcastError, message
 from wspace.nowcast.guard import Guard
-from wspace.nowcast.jumps import Jumps, Settings
+from wspace.nowcast.jumps import Jumps
 from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import in_parts, own_part
+from wspace.nowcast.settings import Settings
 from wspace.space import WeightSpace
 
 NAME = "nowcast"

@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 
 from wspace.errors import NowcastError, message
 from wspace.nowcast.guard import Batches, Guard
-from wspace.nowcast.jumps import Jump, Jumps, Settings
+from wspace.nowcast.jumps import Jumps
 from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import Group
 from wspace.nowcast.schedule import DECAY, Horizon
+from wspace.nowcast.settings import Jump, Settings
 from wspace.space import WeightSpace
 
 KEY = "nowcast"
