@@ -6,7 +6,7 @@ ties, entries that never moved, and that nothing but finite numbers comes out.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -160,7 +160,7 @@ class Predictor(nn.Module):
 
 
 @contextmanager
-def unmixed(net: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
+def unmixed(net: nn.Module, tensors: Iterable[Tensor]) -> Generator[None]:
     """No autocast on the devices of a network and of tensors, whatever surrounds.
 
     Args:
