@@ -1,6 +1,5 @@
 """Predictors of future states: what holds for all of them, and those that need no graph."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wspace
-from wspace.errors import CheckpointError, NowcastError
+from wspace.errors import NowcastError
 from wspace.nowcast import (
     WNN,
     Average,
@@ -18,10 +17,7 @@ from wspace.nowcast import (
     NiNoMLP,
     NoChange,
     Predictor,
-    card_of,
-    load,
     load_published,
-    save,
 )
 from wspace.nowcast.topology import BIAS, CONV, FC, KEY, NORM, POSITION, QUERY, TOKEN, VALUE
 
@@ -425,67 +421,3 @@ def test_bfloat16_stays_within_a_hundredth_of_the_update() -> None:
     moved = (a["weight"] - states[-1]["weight"]).norm()
     error = (a["weight"] - b["weight"]).norm()
     assert 0 < error <= 1e-2 * moved
-
-
-# ----------------------------------------------------------------------- checkpoints
-
-
-@pytest.mark.parametrize("_", ON_DISK)
-def test_published_files_meet_the_golden_numbers(_: str) -> None:
-    golden = json.loads((PUBLISHED / "golden.json").read_text())
-    rows = torch.tensor([[-1, -0.5, 0, 0.5, 1], [1, 0.5, 0.25, 0.125, 0.0625], [0] * 5, [0.3] * 5])
-    nets: dict[str, Predictor] = {}
-    seen = 0
-    for key, want in golden.items():
-        if "|edge_type=" not in key:
-            continue
-        name, kind, k = key.split("|")
-        if name not in nets:
-            nets[name] = load_published(PUBLISHED / f"{name}.pt")
-            assert nets[name].origin == f"{name}.pt"
-        changes = nets[name](rows, int(kind.removeprefix("edge_type=")))
-        made = rows[:, -1] + changes[:, int(k.removeprefix("k=")) - 1]
-        assert (made - torch.tensor(want)).abs().max() <= 1e-5
-        seen += 1
-    assert seen == 30
-
-
-@pytest.mark.parametrize("form", ["NiNoMLP", "NiNoGraph", "WNN"])
-def test_save_and_load(form: str, tmp_path: Path) -> None:
-    predictor = predictors()[form]
-    assert isinstance(predictor, NiNoMLP | NiNoGraph | WNN)
-    save(predictor, tmp_path / "mine.safetensors", card={"seed": 3})
-    other = load(tmp_path / "mine.safetensors", still=False)
-    assert type(other) is type(predictor)
-    assert other.origin == "mine"
-    assert not other.still
-    assert card_of(tmp_path / "mine.safetensors") == {"seed": 3}
-    assert other.options == predictor.options
-    found = other.state_dict()
-    assert all(torch.equal(x, found[n]) for n, x in predictor.state_dict().items())
-    with pytest.raises(CheckpointError, match="nowhere"):
-        load("nowhere")
-
-
-def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "bad.pt"
-    with pytest.raises(CheckpointError, match=r"no file .*bad\.pt"):
-        load_published(file)
-    file.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match=r"bad\.pt is not a published predictor"):
-        load_published(file)
-    held = published_mlp(6, 0)
-    state = held["state_dict"]
-    assert isinstance(state, dict)
-    torch.save({**held, "state_dict": {**state, "more": torch.zeros(1)}}, file)
-    with pytest.raises(CheckpointError, match=r"'more': \(1,\), not there"):
-        load_published(file)
-    torch.save({**held, "model_args": {"gnn": False, "hid": 7}}, file)
-    with pytest.raises(CheckpointError, match=r"'enter\.weight': \(6, 5\), not \(7, 5\)"):
-        load_published(file)
-    torch.save({**held, "model_args": {"gnn": False, "hid": 6, "scale_method": "min-max"}}, file)
-    with pytest.raises(CheckpointError, match="scale_method='min-max'"):
-        load_published(file)
-    torch.save({"state_dict": Net, "model_args": {}}, file)  # runs code when it is loaded
-    with pytest.raises(CheckpointError, match="UnpicklingError"):
-        load_published(file)

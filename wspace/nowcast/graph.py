@@ -138,7 +138,7 @@ class NiNoGraph(Predictor):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What makes a predictor of the same form."""
+        """What makes a predictor of the same form that predicts alike."""
         return {
             "channels": self.channels,
             "context": self.context,
@@ -146,6 +146,10 @@ class NiNoGraph(Predictor):
             "kinds": self.kind.num_embeddings,
             "codes": self.place.in_features,
             "tokens": self.token.num_embeddings if self.token else 0,
+            "laplacian": self.laplacian,
+            "precision": self.precision,
+            "chunk": self.chunk,
+            "still": self.still,
         }
 
     def codes_of(self, topology: Topology) -> Tensor:

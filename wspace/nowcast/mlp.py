@@ -139,12 +139,15 @@ class NiNoMLP(Pointwise):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What makes a predictor of the same form."""
+        """What makes a predictor of the same form that predicts alike."""
         return {
             "channels": self.channels,
             "context": self.context,
             "longest": self.longest,
             "kinds": self.kind.num_embeddings,
+            "precision": self.precision,
+            "chunk": self.chunk,
+            "still": self.still,
         }
 
     def forward(self, x: Tensor, kind: Tensor | int) -> Tensor:
@@ -235,8 +238,14 @@ class WNN(Pointwise):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What makes a predictor of the same form."""
-        return {"channels": self.channels, "context": self.context, "longest": self.longest}
+        """What makes a predictor of the same form that predicts alike."""
+        return {
+            "channels": self.channels,
+            "context": self.context,
+            "longest": self.longest,
+            "chunk": self.chunk,
+            "still": self.still,
+        }
 
     def forward(self, x: Tensor, kind: int) -> Tensor:
         """Changes for all horizons, in the units of the values.

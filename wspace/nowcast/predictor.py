@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,8 @@ from wspace.errors import NowcastError, message
 from wspace.space import WeightSpace
 
 TOPOLOGIES = ("traced", "published")
+FREE = ("precision", "laplacian", "chunk", "still")
+"""Options that do not change which weights a predictor has."""
 CHUNK = 1 << 16
 """Entries that elementwise work takes at once: what fits in a core's cache."""
 
@@ -79,6 +82,33 @@ class Predictor(nn.Module):
             )
         self.context, self.longest, self.still = context, longest, still
         self.origin = ""
+
+    @classmethod
+    def checked(cls, what: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that a trained predictor can be given.
+
+        Args:
+            what: Whom they were given to, for the message.
+            options: The options.
+
+        Returns:
+            They.
+
+        Raises:
+            NowcastError: If this predictor has no such option, or its weights say what it is.
+        """
+        known = [name for name in FREE if name in signature(cls).parameters]
+        unknown = [f"{name!r}" for name in options if name not in known]
+        if unknown:
+            raise NowcastError(
+                message(
+                    f"{what}: {cls.__name__} cannot be given these options",
+                    expected=f"options among {', '.join(known)}",
+                    got=unknown,
+                    help="all others are in the file",
+                )
+            )
+        return dict(options)
 
     @abstractmethod
     def _ahead(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:

@@ -55,7 +55,7 @@ def load_published(path: str | Path, **options: Any) -> Predictor:
 
     Args:
         path: A ``.pt`` file of the published repository. It is read without running code from it.
-        options: Further options: ``precision``, ``laplacian``, ``chunk``, ``still``.
+        options: Further options: ``precision``, ``chunk``, ``still``, of a graph ``laplacian``.
 
     Returns:
         A `NiNoMLP` or `NiNoGraph` in evaluation mode. `origin` says which published file it is, by
@@ -63,6 +63,7 @@ def load_published(path: str | Path, **options: Any) -> Predictor:
 
     Raises:
         CheckpointError: If the file is damaged, unsafe, or has other tensors than such predictors.
+        NowcastError: If the predictor has no such option.
     """
     path = Path(path)
     try:
@@ -111,9 +112,10 @@ def _made(
     size = {k: int(form.get(k, v)) for k, v in plain.items()}
     same = {"context": size["ctx"], "longest": size["seq_len"], "kinds": size["edge_types"]}
     if form.get("gnn", True) in {False, None, "None", "none"}:
-        return NiNoMLP(size["hid"], **same, **options)
+        return NiNoMLP(size["hid"], **same, **NiNoMLP.checked("load_published", options))
     tokens = state["token.weight"].shape[0] if "token.weight" in state else 0
     codes = int(form.get("lpe", 8))
+    options = NiNoGraph.checked("load_published", options)
     return NiNoGraph(size["hid"], **same, codes=codes, tokens=tokens, **options)
 
 

@@ -20,7 +20,7 @@ _FORMS = {"NiNoMLP": NiNoMLP, "NiNoGraph": NiNoGraph, "WNN": WNN}
 def save(
     predictor: NiNoMLP | NiNoGraph | WNN, path: str | Path, *, card: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a predictor.
+    """Writes a predictor, with all its options.
 
     Args:
         predictor: The predictor.
@@ -44,20 +44,26 @@ def load(name: str | Path, **options: Any) -> NiNoMLP | NiNoGraph | WNN:
 
     Args:
         name: One of `SHIPPED`, or a file written by `save`.
-        options: Further options of the predictor, such as ``precision`` and ``still``.
+        options: Options other than those it was saved with: ``precision``, ``laplacian``,
+            ``chunk``, ``still``, those that it has.
 
     Returns:
         The predictor, in evaluation mode.
 
     Raises:
         CheckpointError: If there is no such predictor, or the file holds something else.
+        NowcastError: If it has no such option.
     """
     path = TRAINED / f"{name}.safetensors" if name in SHIPPED else Path(name)
     metadata, state = _read(path)
     form = _FORMS.get(metadata.get("form", ""))
     if metadata.get("format") != FORMAT or form is None:
         raise CheckpointError(_bad(path, f"{metadata.get('format')!r}, {metadata.get('form')!r}"))
-    predictor = form(**json.loads(metadata["options"]), **options)
+    chosen = form.checked("load", options)
+    try:
+        predictor = form(**{**json.loads(metadata["options"]), **chosen})
+    except (TypeError, KeyError, ValueError) as error:  # of a later version, or damaged
+        raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
     wanted = {k: x.shape for k, x in predictor.state_dict().items()}
     if wanted != {k: x.shape for k, x in state.items()}:
         raise CheckpointError(_bad(path, "tensors of another form"))
