@@ -387,7 +387,7 @@ def test_nino_mlp_kinds_of_a_gpt2() -> None:
     module = transformers.GPT2LMHeadModel(config).double().eval()
     space = wspace.trace(module, (), {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
     states = [{n: x for n, x in s.items() if n != "lm_head.weight"} for s in walk(module)]
-    predictor = randomised(NiNoMLP(8).double())
+    predictor = randomised(NiNoMLP(8, drift=True).double())
     a = predictor.predict(module, states, horizon=3, topology="published")
     b = predictor.predict(module, states, horizon=3, space=space)
     weights = {n: x.double() for n, x in predictor.state_dict().items()}

@@ -70,3 +70,44 @@ def test_autocast_around_the_training_pass_changes_no_bit(name: str) -> None:
     for a, b in zip(*found, strict=True):
         assert len(a) == len(b) > 0
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def untrained(name: str) -> Predictor:
+    """A predictor that says that nothing changes."""
+    net = MAKE[name]()
+    for p in net.parameters():
+        with torch.no_grad():
+            p.zero_()
+    return net
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_network_that_is_zero_moves_nothing(name: str, dtype: torch.dtype) -> None:
+    """Exactly: neither the unit's small constant nor the type of the network matters."""
+    module, net = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 2, 4)).to(dtype), untrained(name)
+    base = history(module)[0]
+    states = [{n: (x * 1e-5 * (1 + 1e-3 * i)).to(dtype) for n, x in base.items()} for i in range(5)]
+    args = (torch.zeros(1, 1, 4, 4, dtype=dtype),)
+    out = net.predict(module, states, horizon=7, args=args)
+    assert all(torch.equal(out[n], x) for n, x in states[-1].items())
+
+
+@pytest.mark.parametrize("name", ["NiNoMLP", "NiNoGraph"])
+def test_changes_are_in_the_units_of_training(name: str) -> None:
+    """A change of 1 is a standard deviation and the small constant, of a small tensor too."""
+    module, net = nn.Linear(4, 3, bias=False).double(), untrained(name).double()
+    head = net.head if isinstance(net, NiNoGraph) else net.layers[-1]  # type: ignore[union-attr]
+    with torch.no_grad():
+        head.bias.fill_(1.0)
+    states = [{n: x * 1e-6 for n, x in s.items()} for s in history(module)]
+    out = net.predict(module, states, horizon=7, args=(torch.zeros(1, 4).double(),))["weight"]
+    unit = torch.stack([s["weight"] for s in states]).std() + 1e-6
+    assert ((out - states[-1]["weight"]) / unit - 1).abs().max() <= 1e-9
+    net.drift = True
+    head.bias.data.zero_()
+    out = net.predict(module, states, horizon=7, args=(torch.zeros(1, 4).double(),))["weight"]
+    x = torch.stack([s["weight"] for s in states])
+    want = (x[-1] - x.mean()) / (x.std() + 1e-6) * x.std() + x.mean()
+    assert (out - want).abs().max() <= 1e-12 * want.abs().max()
+    assert (out - x[-1]).abs().max() > 1e-8

@@ -90,6 +90,8 @@ class NiNoGraph(Predictor):
             off. Predictors in float64 compute in float64.
         chunk: Edges computed at once.
         still: Entries of which all past values are equal do not move.
+        drift: Scale back by slightly less than what was divided by, as the published code does: all
+            entries shrink towards the mean, by 1e-6 of a standard deviation of 1.
 
     References:
         Knyazev et al. (2025), Accelerating training with neuron interaction and nowcasting
@@ -111,6 +113,7 @@ class NiNoGraph(Predictor):
         precision: str = "float32",
         chunk: int = 2048,
         still: bool = True,
+        drift: bool = False,
     ) -> None:
         super().__init__(context=context, longest=longest, still=still)
         if precision not in PRECISIONS:
@@ -122,7 +125,7 @@ class NiNoGraph(Predictor):
                 )
             )
         self.channels, self.laplacian, self.precision = channels, laplacian, precision
-        self.chunk = chunk
+        self.chunk, self.drift = chunk, drift
         self.kind = nn.Embedding(kinds, channels)
         self.enter = nn.Linear(TAPS * context, channels)
         self.place = nn.Linear(codes, channels)
@@ -150,6 +153,7 @@ class NiNoGraph(Predictor):
             "precision": self.precision,
             "chunk": self.chunk,
             "still": self.still,
+            "drift": self.drift,
         }
 
     def codes_of(self, topology: Topology) -> Tensor:

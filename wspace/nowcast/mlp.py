@@ -12,7 +12,7 @@ from wspace.errors import NowcastError, message
 from wspace.nn.edge_kernel import Room
 from wspace.nowcast import topology as top
 from wspace.nowcast.predictor import Past, Predictor
-from wspace.nowcast.streaming import EPS
+from wspace.nowcast.streaming import EPS, moved
 from wspace.nowcast.topology import flat
 from wspace.nowcast.wiring import traced
 
@@ -105,6 +105,8 @@ class NiNoMLP(Pointwise):
         precision: ``"float32"`` or ``"bfloat16"``.
         chunk: Entries computed at once.
         still: Entries of which all past values are equal do not move.
+        drift: Scale back by slightly less than what was divided by, as the published code does: all
+            entries shrink towards the mean, by 1e-6 of a standard deviation of 1.
 
     References:
         Knyazev et al. (2025), arXiv:2409.04434
@@ -120,6 +122,7 @@ class NiNoMLP(Pointwise):
         precision: str = "float32",
         chunk: int = 8192,
         still: bool = True,
+        drift: bool = False,
     ) -> None:
         super().__init__(context=context, longest=longest, still=still)
         if precision not in {"float32", "bfloat16"}:
@@ -127,6 +130,7 @@ class NiNoMLP(Pointwise):
                 f"NiNoMLP: no precision {precision!r}\n  expected float32 or bfloat16"
             )
         self.channels, self.precision, self.chunk = channels, precision, chunk
+        self.drift = drift
         self.kind = nn.Embedding(kinds, channels)
         self.enter = nn.Linear(context, channels)
         hidden = [m for _ in range(3) for m in (nn.Linear(channels, channels), nn.SiLU())]
@@ -148,6 +152,7 @@ class NiNoMLP(Pointwise):
             "precision": self.precision,
             "chunk": self.chunk,
             "still": self.still,
+            "drift": self.drift,
         }
 
     def forward(self, x: Tensor, kind: Tensor | int) -> Tensor:
@@ -180,7 +185,8 @@ class NiNoMLP(Pointwise):
                 h = torch.addmm(bias, h, m, out=room(f"layer{i % 2}", (n, m.shape[1]), low))
                 if i < len(maps) - 1:
                     F.silu(h, inplace=True)
-            return x[-1].add_(h[:, 0]).mul_(std).add_(mean)
+            change = h[:, 0].to(like.dtype)
+            return moved(past[-1], change, (mean, std), drift=self.drift)
 
         return ahead
 
@@ -281,6 +287,6 @@ class WNN(Pointwise):
 
         def ahead(past: Sequence[Tensor]) -> Tensor:
             x = torch.stack([row.to(like.dtype) for row in past], -1)
-            return x[:, -1] + self(x, kind)[:, horizon - 1]
+            return past[-1] + self(x, kind)[:, horizon - 1]
 
         return ahead

@@ -20,7 +20,7 @@ from wspace.errors import NowcastError, message
 from wspace.space import WeightSpace
 
 TOPOLOGIES = ("traced", "published")
-FREE = ("precision", "laplacian", "chunk", "still")
+FREE = ("precision", "laplacian", "chunk", "still", "drift")
 """Options that do not change which weights a predictor has."""
 CHUNK = 1 << 16
 """Entries that elementwise work takes at once: what fits in a core's cache."""

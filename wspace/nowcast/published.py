@@ -55,7 +55,8 @@ def load_published(path: str | Path, **options: Any) -> Predictor:
 
     Args:
         path: A ``.pt`` file of the published repository. It is read without running code from it.
-        options: Further options: ``precision``, ``chunk``, ``still``, of a graph ``laplacian``.
+        options: Further options: ``precision``, ``chunk``, ``still``, of a graph ``laplacian``;
+            ``drift`` is on unless it is given.
 
     Returns:
         A `NiNoMLP` or `NiNoGraph` in evaluation mode. `origin` says which published file it is, by
@@ -76,7 +77,7 @@ def load_published(path: str | Path, **options: Any) -> Predictor:
     if not isinstance(state, Mapping) or "edge_proj.fc.0.weight" not in state:
         raise CheckpointError(_bad(path, ["no tensor 'edge_proj.fc.0.weight'"]))
     renamed = {_renamed(k): x for k, x in state.items() if not k.startswith("gnn.convs.2.")}
-    predictor = _made(path, renamed, form, options)
+    predictor = _made(path, renamed, form, {"drift": True, **options})
     wanted = {k: tuple(x.shape) for k, x in predictor.state_dict().items()}
     found = {k: tuple(x.shape) for k, x in renamed.items() if isinstance(x, Tensor)}
     if wanted != found:

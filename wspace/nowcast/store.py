@@ -45,7 +45,7 @@ def load(name: str | Path, **options: Any) -> NiNoMLP | NiNoGraph | WNN:
     Args:
         name: One of `SHIPPED`, or a file written by `save`.
         options: Options other than those it was saved with: ``precision``, ``laplacian``,
-            ``chunk``, ``still``, those that it has.
+            ``chunk``, ``still``, ``drift``, those that it has.
 
     Returns:
         The predictor, in evaluation mode.

@@ -32,6 +32,26 @@ LINE = 16
 Ranges = tuple[slice, slice, slice, slice]
 
 
+def moved(last: Tensor, change: Tensor, moments: tuple[float, float], *, drift: bool) -> Tensor:
+    """Last values moved by scaled changes.
+
+    Args:
+        last: Last values.
+        change: Their changes, in the units that the past was scaled to.
+        moments: Mean and standard deviation of the past.
+        drift: Scale back as the published code does, by the standard deviation alone; the scaled
+            last value shrinks by the way.
+
+    Returns:
+        New values, in the wider type of both.
+    """
+    mean, std = moments
+    if not drift:
+        return torch.add(last, change, alpha=std + EPS)
+    last = last.to(torch.promote_types(last.dtype, change.dtype))
+    return torch.add(last, change, alpha=std).add_(mean - last, alpha=EPS / (std + EPS))
+
+
 class Stream:
     """One prediction.
 
@@ -164,7 +184,7 @@ class Stream:
             around.index_add_(0, at, total.reshape(p * t, -1))
             terms = self._terms(b, self.first_ends)
             for part, sizes in self._chunks(b):
-                z = self._first(b, part, sizes, terms)[0]
+                z = self._first(b, part, sizes, terms)
                 z = z.sum(3) if sizes[3] > 1 else z.squeeze(3)
                 where = _targets(at, b, part)
                 states.index_add_(0, where, z.sum(2).flatten(0, 1))
@@ -254,19 +274,18 @@ class Stream:
 
     def _first(
         self, b: Edges, part: Ranges, sizes: Sequence[int], terms: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """σ of the first edge update, ``(p, t, s, q, C)``, and the windows."""
+    ) -> Tensor:
+        """σ of the first edge update, ``(p, t, s, q, C)``."""
         z = self._sum_of_terms("first", part, sizes, terms)
-        x = None
         if b.param:
             x = self._window(b, part, sizes)
             z.view(-1, z.shape[-1]).addmm_(x.mT, self.window_map[: len(x)])
-        return F.silu(z, inplace=True), x
+        return F.silu(z, inplace=True)
 
     def _decoded(self, name: str, blocks: Sequence[Edges]) -> Tensor:
         """The prediction of one parameter."""
-        last = self.past.windows[name][-1]
-        out = torch.empty_like(last, memory_format=torch.contiguous_format)
+        before, how = self.windows[name][-1], self.past.moments[name]
+        out = torch.empty(self.past.windows[name][-1].shape).to(before)
         row = out.view(-1)
         if any(b.index is not None for b in blocks):  # an entry may be several edges: their mean
             total, times = (row.new_zeros(len(row), dtype=self.like.dtype) for _ in range(2))
@@ -274,22 +293,22 @@ class Stream:
                 at = b.entries[part].flatten().to(row.device)
                 total.index_add_(0, at, made.flatten())
                 times.index_add_(0, at, torch.ones_like(made).flatten())
-            row.copy_(total.div_(times))
+            row.copy_(moved(before, total.div_(times), how, drift=self.net.drift))
         else:
             for b, part, made in self._predicted(name, blocks):
-                b.view(row)[part].copy_(made)
+                last = b.view(before)[part]
+                new = moved(last, made.to(row.device), how, drift=self.net.drift)
+                b.view(row)[part].copy_(new)
         return out
 
     def _predicted(
         self, name: str, blocks: Sequence[Edges]
     ) -> Iterator[tuple[Edges, Ranges, Tensor]]:
-        """Predictions of all chunks of a parameter, ``(p, t, s, q, F)``."""
-        mean, std = self.past.moments[name]
+        """Scaled changes of all chunks of a parameter, ``(p, t, s, q, F)``."""
         for b in blocks:
             terms, more = self._terms(b, self.first_ends), self._terms(b, self.last_ends)
             for part, sizes in self._chunks(b):
-                made = self._change(b, part, sizes, (terms, more))
-                yield b, part, made.mul_(std).add_(mean).view(*sizes, -1)
+                yield b, part, self._change(b, part, sizes, (terms, more)).view(*sizes, -1)
 
     def _change(
         self,
@@ -298,9 +317,8 @@ class Stream:
         sizes: Sequence[int],
         terms: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Scaled predictions of a chunk, ``(edges, F)``."""
-        z, x = self._first(b, part, sizes, terms[0])
-        assert x is not None
+        """Scaled changes of a chunk, ``(edges, F)``."""
+        z = self._first(b, part, sizes, terms[0])
         c, taps = z.shape[-1], b.sizes[4]
         z, y = z.view(-1, c), self._sum_of_terms("second", part, sizes, terms[1]).view(-1, c)
         m, (hidden, row), (head, bias) = self.edge_map, self.hidden_map, self.head_map
@@ -310,8 +328,7 @@ class Stream:
         else:
             F.silu(y.add_(self._times(z, m)), inplace=True)
             F.silu(torch.add(self._times(y, hidden), row, out=z), inplace=True)
-        made = torch.addmm(bias[:taps], z, head[:, :taps])
-        return made.add_(x.view(taps, self.net.context, -1)[:, -1].mT)
+        return torch.addmm(bias[:taps], z, head[:, :taps])
 
 
 def _targets(at: Tensor, b: Edges, part: Ranges) -> Tensor:
