@@ -168,6 +168,7 @@ def test_jumps_at_multiples_of_the_period_of_real_steps(
         ({"on_error": "ignore"}, "'skip' or 'raise'"),
         ({"refresh": iter([1])}, "read again"),
         ({"history_dtype": torch.int8}, "floating-point history"),
+        ({"history_dtype": torch.float8_e4m3fn}, "floating-point history"),
         ({"predictor": None}, "predictor is missing"),
         ({"module": nn.Linear(1, 1)}, "none of the optimizer's parameters"),
     ],

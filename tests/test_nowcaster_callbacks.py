@@ -1,9 +1,11 @@
 """The nowcaster in Lightning and in the Hugging Face Trainer: same jumps, and resumption."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -14,6 +16,7 @@ from torchmetrics import MeanMetric
 from tests.test_nowcaster import Shift, assert_equal, net, snapshot
 from wspace.errors import NowcastError
 from wspace.lit import NowcastCallback
+from wspace.lit.nowcast import _first
 from wspace.nowcast import Decay, Guard, Jump, LinearFit, NoChange, Nowcaster, trainer_callback
 from wspace.nowcast.huggingface import load, save
 
@@ -212,6 +215,53 @@ def test_lightning_says_what_it_misses(tmp_path: Path) -> None:
     callback = NowcastCallback(LinearFit(), module="model", held=2, on_error="raise", **JUMPS)
     with pytest.raises(NowcastError, match=r"gives no loss[\s\S]*'val/loss', 'val/mean'"):
         fit(Toy(returns="none"), tmp_path, [callback], steps=6)
+
+
+def test_lightning_goes_on_where_the_trainer_fits_again(tmp_path: Path) -> None:
+    def loaders() -> list[Any]:
+        return [DataLoader(points(64, 1), batch_size=8), DataLoader(points(30, 2), batch_size=10)]
+
+    module, callback = Toy(), NowcastCallback(LinearFit(), module="model", **JUMPS)
+    trainer = fit(module, tmp_path, [callback], steps=7)
+    assert [j.step for j in callback.jumps] == [5]
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    trainer.fit(module, *loaders())
+    assert trainer.global_step == 12
+    assert [(j.step, j.horizon) for j in callback.jumps] == [(5, 3), (10, 3)]
+    fit(module, tmp_path, [callback], steps=6)  # another trainer is another run
+    assert [(j.step, j.horizon) for j in callback.jumps] == [(5, 3)]
+
+
+class Restless(Dataset[tuple[Tensor, Tensor]]):
+    """Draws from every generator there is."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        noise = random.random() + np.random.rand()  # noqa: NPY002
+        return torch.randn(3) + noise, torch.full((2,), float(i))
+
+
+def test_lightning_reads_held_batches_without_a_trace_in_generators(tmp_path: Path) -> None:
+    found: list[Any] = []
+    for seed in (0, 1):
+        seed_everything(seed, verbose=False)
+        trainer = Trainer(
+            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
+            default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(Toy(), DataLoader(points(64, 1), 8), DataLoader(Restless(), 10, shuffle=True))
+        trainer.limit_val_batches = 1.0
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+        found.append(_first(trainer, 2))
+        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+        assert before[:2] == after[:2]
+        assert torch.equal(before[2], after[2])
+    for (x, i), (y, j) in zip(*found, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(i, j)
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8, 9])

@@ -5,6 +5,8 @@ A module may as well make a `wspace.nowcast.Nowcaster` in ``configure_optimizers
 """
 
 import copy
+import random
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +23,7 @@ from torchmetrics import Metric
 
 from wspace.errors import NowcastError, message
 from wspace.nowcast import Guard, Jump, Jumps, Predictor, Settings
+from wspace.nowcast.kept import drawn_again
 from wspace.space import WeightSpace
 
 Loss = Callable[[LightningModule], float | Tensor]
@@ -29,9 +32,10 @@ Loss = Callable[[LightningModule], float | Tensor]
 class NowcastCallback(Callback):
     """Moves a module's parameters ahead now and then, as `wspace.nowcast.Nowcaster` does.
 
-    Checkpoints hold steps and history; a resumed run goes on as if nothing had been between. Every
-    jump is logged (``nowcast/horizon``, and with a guard ``nowcast/before`` and ``nowcast/after``).
-    Horizons decay over the trainer's steps unless `total_steps` is given.
+    Checkpoints hold steps and history; a resumed run goes on as if nothing had been between, and so
+    does one that the same trainer fits again. Every jump is logged (``nowcast/horizon``, and with a
+    guard ``nowcast/before`` and ``nowcast/after``). Horizons decay over the trainer's steps unless
+    `total_steps` is given.
 
     Args:
         predictor: Says where parameters are heading.
@@ -106,7 +110,10 @@ class NowcastCallback(Callback):
         settings = Settings(**options, guard=self._guard(trainer, pl_module))
         part = pl_module.get_submodule(self.module)
         optimizer = trainer.optimizers[self.optimizer]
-        self.core = Jumps(optimizer, part, self.space, self.predictor, settings)
+        former, self.core = self.core, Jumps(optimizer, part, self.space, self.predictor, settings)
+        goes_on = former is not None and former.module is self.core.module and trainer.global_step
+        if former is not None and goes_on and not self._saved:  # the trainer fits again
+            self._saved = former.state_dict()
         if self._saved:
             self.core.load_state_dict(self._saved)
             self._saved = {}
@@ -208,8 +215,11 @@ def _first(trainer: Trainer, count: int) -> list[Any]:
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()
     loaders: Any = trainer.val_dataloaders
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with drawn_again(trainer.lightning_module):
+        random.seed(0)
+        torch.default_generator.manual_seed(0)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
         first = next(_flat(loaders), None)
         found = [] if first is None else list(islice(iter(first), count))
     if not found or count < 1:

@@ -7,7 +7,8 @@ parts are gathered in the first.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from wspace.errors import NowcastError, message
 from wspace.nowcast.history import History
-from wspace.nowcast.predictor import Predictor
+from wspace.nowcast.predictor import Past, Predictor
 from wspace.nowcast.ranks import (
     Ranks,
     chunks,
@@ -31,6 +32,40 @@ from wspace.space import WeightSpace
 ENTRIES = 1 << 24
 """Entries for which windows are laid out at once, by a predictor that takes tensors one by one."""
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+class _Traced:
+    """The weight space of a module without one: traced once, as long as the module is the same."""
+
+    def __init__(self) -> None:
+        self._space: WeightSpace | None = None
+        self._shapes: list[tuple[Any, ...]] = []
+
+    def of(self, module: nn.Module) -> WeightSpace | None:
+        """The module's weight space.
+
+        Args:
+            module: The module.
+
+        Returns:
+            The one traced before, unless parts, parameters or shapes are others. None if it cannot
+            be traced with inputs guessed from it.
+        """
+        from wspace.nowcast.wiring import space_of
+
+        shapes: list[tuple[Any, ...]] = [(n, type(m)) for n, m in module.named_modules()]
+        every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
+        firsts: dict[int, str] = {}
+        shapes += [(n, tuple(x.shape), firsts.setdefault(id(x), n)) for n, x in every]
+        if shapes != self._shapes:
+            self._space = None
+            with suppress(NowcastError):  # a predictor that cannot do without says so itself
+                self._space = space_of(Past(module, {}, (), "traced"))
+            self._shapes = shapes
+        return self._space
+
+    def __reduce__(self) -> Any:
+        return _Traced, ()  # a copy traces for itself
 
 
 @dataclass(frozen=True)
@@ -52,6 +87,7 @@ class Forecast:
     topology: str
     history: History
     ranks: Ranks
+    _traced: _Traced = field(default_factory=_Traced)
 
     @torch.no_grad()
     def __call__(self, live: Mapping[str, Tensor], horizon: int) -> dict[str, Tensor]:
@@ -86,19 +122,31 @@ class Forecast:
 
     def _check(self, live: Mapping[str, Tensor]) -> None:
         bad: list[str] = []
+        rounded = True
         for name, x in live.items():
             mine = in_parts(x) or self.ranks.first
-            past = self.history.window(name) if mine else []
-            if not all(finite(y) for y in (*past, own_part(x))):
+            past, part = self.history.window(name) if mine else [], own_part(x)
+            if not all(finite(y) for y in (*past, self._rounded(part))):
                 bad.append(repr(name))
+                rounded = rounded and self.history.lossy(part) and finite(part)
         if bad:
+            why = "the run may be diverging: lower the learning rate, or clip gradients"
+            if rounded:
+                why = (
+                    f"the parameters are finite, but may be too large for {self.history.dtype}: "
+                    "history_dtype=torch.bfloat16"
+                )
             raise NowcastError(
                 message(
                     "Nowcaster: the history is not finite",
                     got=[f"NaN or infinity in {name}" for name in bad[:8]],
-                    help="the run may be diverging: lower the learning rate, or clip gradients",
+                    help=why,
                 )
             )
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """The present, as the history would hold it."""
+        return x.to(self.history.dtype) if self.history.lossy(x) else x
 
     # ------------------------------------------------------------ tensor by tensor
 
@@ -160,12 +208,13 @@ class Forecast:
                 windows[name] = window if mine else window * (self.history.size + 1)
 
         def work() -> dict[str, Tensor]:
+            known = self.topology != "traced" or self.space is not None
             made = self.predictor.predict(
                 self.space if apart and self.space is not None else self.module,
                 [{n: w[i] for n, w in windows.items()} for i in range(self.history.size + 1)],
                 horizon=horizon,
                 topology=self.topology,
-                space=self.space,
+                space=self.space if known else self._traced.of(self.module),
                 names=list(live),
             )
             return {n: self._finished(n, made, now[n], windows[n][-1]) for n in live}
@@ -187,8 +236,7 @@ class Forecast:
             return [x]
         wide = torch.promote_types(x.dtype, torch.float32)
         device = next((p.device for p in self.predictor.parameters()), x.device)
-        last = x.to(self.history.dtype) if self.history.lossy(x) else x
-        return [y.to(device, wide) for y in (*past, last)]
+        return [y.to(device, wide) for y in (*past, self._rounded(x))]
 
     def _finished(self, name: str, made: Mapping[str, Tensor], x: Tensor, last: Tensor) -> Tensor:
         """The prediction as a new value of a tensor; it moves on from the exact present."""

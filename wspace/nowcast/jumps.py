@@ -53,7 +53,6 @@ class Jumps:
         settings: When and how to jump.
 
     Attributes:
-        step: Optimizer steps so far.
         log: The jumps so far.
 
     Raises:
@@ -73,8 +72,9 @@ class Jumps:
         self.optimizer, self.module = optimizer, innermost(module)
         guard = self.settings.guard
         self._outer = together_with(module, guard.module if guard else None)
-        self.step, self.log = 0, list[Jump]()
+        self._step, self.log = 0, list[Jump]()
         self._warned = False
+        self._unsure: list[Tensor] = []  # of steps not counted yet: 0, or else it was skipped
         self.ranks = Ranks(settings.process_group, alone=settings.alone)
         self.spacing = settings.period // predictor.context
         self.history = History(
@@ -104,8 +104,30 @@ class Jumps:
 
     def _hook(self, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # fused optimizers skip by themselves
-        if skipped is None or not float(skipped):
+        if skipped is None:
             self.after_step()
+            return
+        self._unsure.append(skipped.detach().clone())
+        if (self._step + len(self._unsure)) % self.spacing:
+            return  # nothing can be due, so there is no need to wait for the device
+        *before, last = torch.stack([x.reshape(()) for x in self._unsure]).tolist()
+        self._unsure.clear()
+        self._step += sum(not x for x in before)
+        if not last:
+            self.after_step()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        if self._unsure:
+            self._step += sum(not float(x) for x in self._unsure)
+            self._unsure.clear()
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._unsure.clear()
+        self._step = value
 
     def after_step(self) -> None:
         """Counts a step of the optimizer, and does what is due after it."""
@@ -157,13 +179,13 @@ class Jumps:
         live = self.movable()
         if not self.ranks.first and not any(in_parts(p) for p in live.values()):
             return {}  # the first process predicts for all
-        return {n: own_part(p) for n, p in live.items()}
+        return live
 
     def _ready(self) -> dict[str, Tensor]:
         """What may move and has a complete window, the same in all processes."""
         live = self.movable()
         ready = [
-            self.history.complete(n, own_part(p)) or not (in_parts(p) or self.ranks.first)
+            self.history.complete(n, p) or not (in_parts(p) or self.ranks.first)
             for n, p in live.items()
         ]
         if self.ranks.several and live:
@@ -318,10 +340,8 @@ class Jumps:
         self.history.clear()
         self.step, self.log, self._warned = 0, [], False
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave.
-
-        With another period or context than before, steps go on and the history starts afresh.
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises unless `load_state_dict` can take a state; changes nothing.
 
         Args:
             state: What was saved.
@@ -337,22 +357,39 @@ class Jumps:
                     got=f"version {state.get('version')!r}",
                 )
             )
-        live = {n: own_part(p) for n, p in self.module.named_parameters()}
-        saved = {
-            "filled": state["history"]["filled"],
-            "tensors": {
-                n: [own_part(x) for x in past] for n, past in state["history"]["tensors"].items()
-            },
-        }
+        lost = {"step", "period", "context", "warned", "history", "log"} - state.keys()
+        if lost:
+            raise NowcastError(
+                message("Nowcaster: this saved state is not whole", got=f"no {sorted(lost)}")
+            )
+        _entries(state)
+        if self._continues(state):
+            self.history.check(state["history"], dict(self.module.named_parameters()))
+
+    def _continues(self, state: Mapping[str, Any]) -> bool:
+        """True if the saved history is of use here."""
+        every = self.settings.period, self.history.size + 1
         here = self.ranks.first or any(in_parts(p) for p in self.module.parameters())
-        same = (state["period"], state["context"]) == (
-            self.settings.period,
-            self.history.size + 1,
-        )
-        if same and here:
-            self.history.load_state_dict(saved, live)
+        return here and (state["period"], state["context"]) == every
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        With another period or context than before, steps go on and the history starts afresh.
+
+        Args:
+            state: What was saved.
+        """
+        self.check(state)
+        log = _entries(state)
+        if self._continues(state):
+            live = dict(self.module.named_parameters())
+            self.history.load_state_dict(state["history"], live)
         else:
             self.history.clear()
-        self.step, self._warned = int(state["step"]), bool(state["warned"])
-        entries: list[dict[str, Any]] = state["log"]
-        self.log = [replace(Jump(**entry), tried=tuple(entry["tried"])) for entry in entries]
+        self.step, self._warned, self.log = int(state["step"]), bool(state["warned"]), log
+
+
+def _entries(state: Mapping[str, Any]) -> list[Jump]:
+    entries: list[dict[str, Any]] = state["log"]
+    return [replace(Jump(**entry), tried=tuple(entry["tried"])) for entry in entries]

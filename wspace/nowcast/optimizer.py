@@ -218,6 +218,8 @@ class Nowcaster(Optimizer):
             changed = hook(self, found)
             found = found if changed is None else dict(changed)
         saved = found.pop(KEY, None)
+        if saved is not None:
+            self.core.check(saved)  # before anything has changed
         self.base.load_state_dict(found)
         if saved is None:
             self.core.restart()
