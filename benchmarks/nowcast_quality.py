@@ -302,7 +302,7 @@ def averages(some: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
 
 
 def plot(file: Path, image: Path) -> None:
-    """Draws the mean curves of all methods, one panel for each held-out task."""
+    """Draws mean curves of methods with all of Adam's seeds, a panel for each held-out task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -312,9 +312,10 @@ def plot(file: Path, image: Path) -> None:
     names = [n for n in HELD_OUT if any(r["task"] == n for r in rows)]
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.3), squeeze=False)
     for panel, name in zip(axes[0], names, strict=True):
+        whole = sum((r["task"], r["method"]) == (name, ADAM) for r in rows)
         for i, method in enumerate(METHODS):
             curves = [r["curve"] for r in rows if (r["task"], r["method"]) == (name, method)]
-            if curves:
+            if len(curves) == whole:
                 steps = [point[0] for point in curves[0]]
                 mean = np.mean([[point[1] for point in curve] for curve in curves], 0)
                 color = "black" if method == ADAM else f"C{i}"
@@ -325,7 +326,10 @@ def plot(file: Path, image: Path) -> None:
         low, room = min(finals), 2.5 * (target - min(finals)) + 0.25 * target
         panel.set(title=name, xlabel="steps", ylim=(low - 0.03 * room, low + room))
     axes[0][0].set_ylabel("validation loss, nats")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    shown = {
+        n: line for a in axes[0] for line, n in zip(*a.get_legend_handles_labels(), strict=True)
+    }
+    handles, labels = list(shown.values()), list(shown)
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     image.parent.mkdir(parents=True, exist_ok=True)
