@@ -86,8 +86,9 @@ def test_a_history_that_overflows_says_so(when: str) -> None:
         model.weight.grad = torch.zeros_like(model.weight)
         if step < 4:
             optimizer.step()
-    with pytest.warns(RuntimeWarning, match=r"too large for torch\.float16[\s\S]*bfloat16"):
+    with pytest.warns(RuntimeWarning, match=r"overflows torch\.float16[\s\S]*bfloat16"):
         optimizer.step()
+    assert "overflows torch.float16" in optimizer.jumps[0].reason
     assert bool((model.weight == 1e5).all())
 
 

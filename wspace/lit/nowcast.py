@@ -86,6 +86,7 @@ class NowcastCallback(Callback):
         self._saved: dict[str, Any] = {}
         self._handle: RemovableHandle | None = None
         self._told = 0
+        self._ended = 0  # the trainer's step, where training has ended
 
     @property
     def state_key(self) -> str:
@@ -111,9 +112,9 @@ class NowcastCallback(Callback):
         part = pl_module.get_submodule(self.module)
         optimizer = trainer.optimizers[self.optimizer]
         former, self.core = self.core, Jumps(optimizer, part, self.space, self.predictor, settings)
-        goes_on = former is not None and former.module is self.core.module and trainer.global_step
-        if former is not None and goes_on and not self._saved:  # the trainer fits again
-            self._saved = former.state_dict()
+        same = former is not None and former.module is self.core.module
+        if former and same and not self._saved and trainer.global_step == self._ended:
+            self._saved = former.state_dict()  # the trainer fits again
         if self._saved:
             self.core.load_state_dict(self._saved)
             self._saved = {}
@@ -141,13 +142,13 @@ class NowcastCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends to follow the optimizer."""
-        self._end()
+        self._end(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Ends to follow the optimizer."""
-        self._end()
+        self._end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, history and log, for the checkpoint."""
@@ -161,7 +162,8 @@ class NowcastCallback(Callback):
         """
         self._saved = state_dict
 
-    def _end(self) -> None:
+    def _end(self, trainer: Trainer) -> None:
+        self._ended = trainer.global_step or -1
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -130,15 +130,12 @@ class Forecast:
                 bad.append(repr(name))
                 rounded = rounded and self.history.lossy(part) and finite(part)
         if bad:
-            why = "the run may be diverging: lower the learning rate, or clip gradients"
-            if rounded:
-                why = (
-                    f"the parameters are finite, but may be too large for {self.history.dtype}: "
-                    "history_dtype=torch.bfloat16"
-                )
+            what, why = "is not finite", "lower the learning rate, or clip gradients"
+            if rounded:  # the parameters themselves are finite
+                what, why = f"overflows {self.history.dtype}", "history_dtype=torch.bfloat16"
             raise NowcastError(
                 message(
-                    "Nowcaster: the history is not finite",
+                    f"Nowcaster: the history {what}",
                     got=[f"NaN or infinity in {name}" for name in bad[:8]],
                     help=why,
                 )
