@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -216,10 +217,11 @@ def test_not_finite_history_is_refused_by_name(value: float) -> None:
             predictor.predict(module, states, horizon=1, args=INPUT)
 
 
-def test_not_finite_prediction_is_refused_by_name() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_prediction_is_refused_by_name(value: float) -> None:
     module, predictor = net(), NiNoMLP(8).double()
     with torch.no_grad():
-        predictor.layers[-1].bias[7] = float("nan")
+        predictor.layers[-1].bias[7] = value
     states = walk(module)
     predictor.predict(module, states, horizon=7)
     predictor.predict(module, states, horizon=8, names=[])
@@ -235,6 +237,10 @@ def test_what_does_not_fit_is_refused() -> None:
         fit.predict(module, states[1:], horizon=1)
     with pytest.raises(NowcastError, match=r"0 to 40 spacings\n.*got 41"):
         fit.predict(module, states, horizon=41)
+    for horizon in (2.5, True, "2", torch.tensor(2)):
+        with pytest.raises(NowcastError, match="a whole number of spacings"):
+            fit.predict(module, states, horizon=horizon)  # type: ignore[arg-type]
+    fit.predict(module, states, horizon=numpy.int64(2))  # type: ignore[arg-type]
     with pytest.raises(NowcastError, match="'guessed'"):
         fit.predict(module, states, horizon=1, topology="guessed")
     with pytest.raises(NowcastError, match="'nothing'"):
@@ -373,7 +379,7 @@ def test_nino_mlp_is_the_published_formula(seed: int, tmp_path: Path) -> None:
     k = 1 + 13 * seed
     for chunk in (7, 8192):
         predictor.chunk = chunk
-        out = predictor.predict(module, states, horizon=k)
+        out = predictor.predict(module, states, horizon=k, topology="published")
         for n, kind in kinds.items():
             past = [s[n] for s in states]
             want = naive_mlp(held["state_dict"], past, torch.full(past[0].shape, kind), k)  # type: ignore[arg-type]

@@ -1,8 +1,12 @@
 """Predictors that see every entry of a parameter alone, whatever it is connected to."""
 
+import warnings
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,53 +18,108 @@ from wspace.nowcast import topology as top
 from wspace.nowcast.predictor import Past, Predictor
 from wspace.nowcast.streaming import EPS, moved
 from wspace.nowcast.topology import flat
-from wspace.nowcast.wiring import traced
+from wspace.nowcast.wiring import guessed, space_of, traced
+from wspace.space import WeightSpace
+
+Kinds = list[tuple[int, Tensor | None]]
+"""Kinds, with the entries that have them; None for all."""
+
+_WARNED: WeakSet[nn.Module] = WeakSet()
 
 
-def kinds_of(past: Past) -> dict[str, list[tuple[int, Tensor | None]]]:
+def kinds_of(past: Past) -> dict[str, Kinds]:
     """Kinds of the entries of every parameter to be predicted.
 
     Args:
-        past: What is predicted. With a weight space, kinds are those of its topology; without, or
-            with ``topology="published"``, they follow from names and shapes.
+        past: What is predicted. With ``topology="traced"`` kinds are those of the topology of the
+            weight space: the one given, or traced with the inputs given or guessed. They follow
+            from names and shapes with ``topology="published"``, and, with a warning once for a
+            module, where no guess runs.
 
     Returns:
         For every name, kinds with the entries that have them; None for all.
+
+    Raises:
+        NowcastError: If a part of a parameter is to be predicted and its place says the kind.
     """
+    space = _space(past) if past.topology == "traced" else None
+    held: dict[str, list[top.Edges]] = {}
+    for b in traced(space).blocks if space is not None else ():
+        held.setdefault(b.param, []).append(b)
+    out: dict[str, Kinds] = {}
+    for name in past.names:
+        window = past.windows.get(name)
+        if space is not None and name in space.by_name:
+            whole = space[name].shape
+            part = whole if window is None else tuple(window[-1].shape)
+            out[name] = _by_blocks(name, held.get(space[name].name, []), whole, part)
+        else:
+            out[name] = _by_name(past, name)
+    return out
+
+
+def _space(past: Past) -> WeightSpace | None:
+    """The weight space, if one is given or the module can be traced."""
+    module = past.module
+    if isinstance(module, WeightSpace):
+        return past.space or module
+    if past.space is not None or any(x is not None for x in past.example):
+        return space_of(past)
+    found = guessed(module)
+    if found is None and module not in _WARNED:
+        _WARNED.add(module)
+        warnings.warn(
+            message(
+                f"predict: kinds of the parameters of {type(module).__name__} are guessed",
+                expected="`space=`, or `args=` and `kwargs=` to trace it with",
+                got="a module that cannot be traced without; names and shapes are gone by",
+                help="space = wspace.trace(module, inputs), or topology='published' to go by names",
+            ),
+            UserWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _by_name(past: Past, name: str) -> Kinds:
     from wspace.nowcast.published import is_gpt2, published_kind
 
-    if past.topology == "traced" and past.space is not None:
-        return _by_space(past)
     gpt2 = isinstance(past.module, nn.Module) and is_gpt2(past.module)
-    out: dict[str, list[tuple[int, Tensor | None]]] = {}
-    for name in past.names:
-        shape = past.windows[name][-1].shape
-        kind = published_kind(name, shape, gpt2=gpt2)
-        out[name] = [(kind, None)]
-        if kind == top.QUERY:
-            third = torch.arange(shape.numel()).view(shape[0], 3, -1)
-            out[name] = [(top.QUERY + i, third[:, i].reshape(-1)) for i in range(3)]
-    return out
+    shape = past.windows[name][-1].shape
+    kind = published_kind(name, shape, gpt2=gpt2)
+    if kind != top.QUERY:
+        return [(kind, None)]
+    third = torch.arange(shape.numel()).view(shape[0], 3, -1)
+    return [(top.QUERY + i, third[:, i].reshape(-1)) for i in range(3)]
 
 
-def _by_space(past: Past) -> dict[str, list[tuple[int, Tensor | None]]]:
-    space = past.space
-    assert space is not None
-    held: dict[str, list[top.Edges]] = {}
-    for b in traced(space).blocks:
-        held.setdefault(b.param, []).append(b)
-    out: dict[str, list[tuple[int, Tensor | None]]] = {}
-    for name in past.names:
-        blocks = held.get(space[name].name, []) if name in space.by_name else []
-        kinds = {b.kind for b in blocks}
-        if len(kinds) <= 1:
-            out[name] = [(next(iter(kinds), top.BIAS), None)]
-            continue
-        out[name] = [
+def _by_blocks(
+    name: str, blocks: Sequence[top.Edges], whole: tuple[int, ...], part: tuple[int, ...]
+) -> Kinds:
+    """Kinds of a parameter, or of some of its rows where these are alike."""
+    kinds = sorted({b.kind for b in blocks})
+    if len(kinds) <= 1:
+        return [(kinds[0] if kinds else top.BIAS, None)]
+    if part == whole:
+        return [
             (k, torch.cat([b.entries.flatten() for b in blocks if b.kind == k]).unique())
-            for k in sorted(kinds)
+            for k in kinds
         ]
-    return out
+    rows = torch.zeros(prod(whole), dtype=torch.int8)
+    for b in blocks:
+        rows[b.entries.flatten()] = b.kind
+    rows = rows.view(whole[0], -1)
+    if part[1:] != whole[1:] or bool((rows != rows[:1]).any()):
+        raise NowcastError(
+            message(
+                f"predict: which part of {name!r} this is decides on its kinds",
+                expected=f"all of its shape {whole}, or rows of parameters whose rows are alike",
+                got=f"a part of shape {part}, and rows of the kinds {', '.join(map(str, kinds))}",
+                help="leave it out with `names=`, or take topology='published', one kind for each",
+            )
+        )
+    row = rows[:1].expand(part[0], -1).flatten()
+    return [(k, (row == k).nonzero()[:, 0]) for k in kinds]
 
 
 How = tuple[int, int, tuple[float, float]]
@@ -73,12 +132,13 @@ class Pointwise(Predictor):
     chunk: int = 8192
 
     def _ahead(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:
-        kinds, room = kinds_of(past), Room()
+        kinds, rooms = kinds_of(past), defaultdict[torch.device, Room](Room)
         for name in past.names:
             window = past.windows[name]
             made = torch.empty_like(window[-1], memory_format=torch.contiguous_format)
             rows, out = [flat(x) for x in window], made.view(-1)
             for kind, at in kinds[name]:
+                room = rooms[out.device]
                 ahead = self._chunked((kind, horizon, past.moments[name]), room, out.device)
                 count = len(out) if at is None else len(at)
                 for start in range(0, count, self.chunk):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ TOPOLOGIES = ("traced", "published")
 FREE = ("precision", "laplacian", "chunk", "still", "drift")
 """Options that do not change which weights a predictor has."""
 CHUNK = 1 << 16
-"""Entries that elementwise work takes at once: what fits in a core's cache."""
+"""Entries that elementwise work on the CPU takes at once: what fits in a core's cache."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums ``(tensors, 3)`` float64 over ranks: of every tensor the count, sum and sum of squares."""
@@ -136,7 +137,8 @@ class Predictor(nn.Module):
             horizon: Number of spacings; 0 gives the last state.
             topology: ``"traced"``: as the module is wired; ``"published"``: as the published code
                 wires it.
-            space: The module's weight space; traced when needed if None.
+            space: The module's weight space; if None it is traced where the kinds of parameters or
+                the wiring are needed, with `args` and `kwargs`, or once with guessed inputs.
             names: Parameters to predict; every floating-point one of the module if None.
             args: Example inputs to trace the module with.
             kwargs: Named ones.
@@ -181,6 +183,8 @@ class Predictor(nn.Module):
         wrong = ""
         if len(states) != self.context:
             wrong = f"expected {self.context} past states, oldest first\n  got {len(states)}"
+        elif isinstance(horizon, bool) or not isinstance(horizon, Integral):
+            wrong = f"expected a whole number of spacings as horizon\n  got {horizon!r}"
         elif not 0 <= horizon <= self.longest:
             wrong = f"expected a horizon of 0 to {self.longest} spacings\n  got {horizon}"
         elif topology not in TOPOLOGIES:
@@ -303,17 +307,19 @@ def _assembled(
 # ------------------------------------------------------------------------ numbers
 
 
-def pieces(*tensors: Tensor, size: int = CHUNK) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape, flat, cut into parts of at most `size` entries: views where possible.
 
     Args:
         tensors: Tensors of one shape.
-        size: Entries at once.
+        size: Entries at once; if None what a core's cache holds, on other devices what keeps them
+            busy.
 
     Yields:
         The same part of each.
     """
     flat = [x.reshape(-1) for x in tensors]
+    size = size or (CHUNK if flat[0].device.type == "cpu" else 64 * CHUNK)
     for start in range(0, flat[0].numel(), size):
         yield tuple(x[start : start + size] for x in flat)
 
@@ -353,18 +359,20 @@ def _sums(window: Sequence[Tensor]) -> Tensor:
     """Count, and of the values less a shift the sum and the sum of squares; the shift. Float64."""
     first = window[0].reshape(-1)[:1].cpu().double()
     shift = float(first) if first.numel() else 0.0
-    total = torch.zeros(2, dtype=torch.float64)
+    whole = torch.zeros(2, dtype=torch.float64)
     count = 0
     room = torch.empty(0)
     for x in window:
+        total = whole.to(x.device)  # of the earlier ones
         for (part,) in pieces(x):
             if room.numel() < part.numel() or room.device != part.device:
                 room = part.new_empty(part.numel(), dtype=torch.float64)
             y = room[: part.numel()]
             y.copy_(part).sub_(shift)
-            total += torch.stack([y.sum(), y.dot(y)]).cpu()
+            total = total + torch.stack([y.sum(), y.dot(y)])
             count += part.numel()
-    return torch.tensor([count, *total.tolist(), shift], dtype=torch.float64)
+        whole = total
+    return torch.tensor([count, *whole.tolist(), shift], dtype=torch.float64)
 
 
 def _unshifted(row: Tensor) -> Tensor:
@@ -374,7 +382,7 @@ def _unshifted(row: Tensor) -> Tensor:
 
 def _settle(made: Tensor, window: Sequence[Tensor], *, still: bool) -> bool:
     """Puts entries that never moved back in place; whether all are finite."""
-    fine = True
+    bounds: list[Tensor] = []
     for out, *past in pieces(made, *window):
         last = past[-1]
         if still and len(past) > 1:
@@ -382,8 +390,8 @@ def _settle(made: Tensor, window: Sequence[Tensor], *, still: bool) -> bool:
             for x in past[1:-1]:
                 moved |= x != last
             torch.where(moved, out, last, out=out)
-        fine = fine and bool(out.isfinite().all())
-    return fine
+        bounds.extend(out.aminmax())  # NaN if any entry is
+    return not bounds or bool(torch.stack(bounds).isfinite().all())
 
 
 # -------------------------------------------------------------- without a network

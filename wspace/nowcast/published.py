@@ -21,7 +21,7 @@ from wspace.nowcast import topology as top
 from wspace.nowcast.graph import NiNoGraph
 from wspace.nowcast.mlp import NiNoMLP
 from wspace.nowcast.predictor import Predictor
-from wspace.nowcast.topology import TAPS, Builder, Entry, Topology
+from wspace.nowcast.topology import TAPS, Builder, Entry, Topology, lasting
 from wspace.space import WeightSpace
 
 CHECKPOINTS = {
@@ -132,6 +132,7 @@ def _bad(path: Path, got: list[str]) -> str:
 # ------------------------------------------------------------------------- wiring
 
 
+@lasting
 def published_topology(module: nn.Module | WeightSpace) -> Topology:
     """The graph that the published code makes of a module.
 

@@ -290,7 +290,7 @@ class Stream:
         if any(b.index is not None for b in blocks):  # an entry may be several edges: their mean
             total, times = (row.new_zeros(len(row), dtype=self.like.dtype) for _ in range(2))
             for b, part, made in self._predicted(name, blocks):
-                at = b.entries[part].flatten().to(row.device)
+                at = b.entries_of(part).flatten().to(row.device)
                 total.index_add_(0, at, made.flatten())
                 times.index_add_(0, at, torch.ones_like(made).flatten())
             row.copy_(moved(before, total.div_(times), how, drift=self.net.drift))

@@ -7,8 +7,9 @@ parameter, found through strides, or a constant.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from math import prod
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,28 @@ FC, BIAS, CONV, NORM, TOKEN, POSITION = 1, 2, 3, 4, 5, 6
 QUERY, KEY, VALUE, RESIDUAL, OTHER, LOOP = 7, 8, 9, 10, 11, 13
 
 Sizes = tuple[int, int, int, int, int]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def lasting(make: Callable[P, R]) -> Callable[P, R]:
+    """Makes what is kept outside of inference mode, whose tensors cannot be trained with.
+
+    Args:
+        make: Makes it.
+
+    Returns:
+        The same, outside.
+    """
+
+    @wraps(make)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    return outside
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +89,27 @@ class Edges:
             [*flat.shape[:-1], *self.sizes], [*flat.stride()[:lead], *self.strides], at
         )
 
-    @cached_property
+    @property
     def entries(self) -> Tensor:
-        """Entry of every value in the flat parameter, ``sizes``."""
+        """Entry of every value in the flat parameter, ``sizes``; made anew."""
+        return self.entries_of((slice(None),) * 4)
+
+    def entries_of(self, part: tuple[slice, ...]) -> Tensor:
+        """Entry of every value of a part.
+
+        Args:
+            part: Ranges of P, T, S and Q.
+
+        Returns:
+            As many entries as the part has values, in its sizes.
+        """
         if self.index is not None:
-            return self.index
+            return self.index[part]
         assert self.strides is not None
-        out = torch.full(self.sizes, self.offset)
+        out = torch.tensor(self.offset)
         for i, (n, step) in enumerate(zip(self.sizes, self.strides, strict=True)):
-            out += (torch.arange(n) * step).view([-1 if j == i else 1 for j in range(5)])
+            own = torch.arange(n)[part[i]] if i < len(part) else torch.arange(n)
+            out = out + (own * step).view([-1 if j == i else 1 for j in range(5)])
         return out
 
     @property
@@ -100,6 +135,7 @@ class Topology:
     codes: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
+    @lasting
     def degrees(self) -> Tensor:
         """Number of edges into every node, ``(nodes,)`` float64."""
         out = torch.zeros(self.nodes, dtype=torch.float64)
@@ -109,6 +145,7 @@ class Topology:
         return out.clamp(min=1)
 
     @cached_property
+    @lasting
     def alike(self) -> Tensor:
         """Nodes that only their self-loop leads to, ``(nodes,)`` bool: all in one state."""
         out = torch.ones(self.nodes, dtype=torch.bool)
@@ -118,6 +155,7 @@ class Topology:
         return out
 
     @cached_property
+    @lasting
     def merged(self) -> "Topology":
         """The topology with all nodes in one state as the last node, edges from them parallel.
 
@@ -148,6 +186,7 @@ class Topology:
             strides=strides, index=index,
         )  # fmt: skip
 
+    @lasting
     def laplacian(self, count: int) -> Tensor:
         """Eigenvectors of the graph's normalised Laplacian: published codes of nodes.
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from wspace.errors import NowcastError, WSpaceError, message
 from wspace.graph import ParameterGraph, Structure, structure_of
 from wspace.nn.layout import EdgeForm, FeatureForm, Forms, forms_of
 from wspace.nowcast import topology as top
-from wspace.nowcast.predictor import Past
-from wspace.nowcast.topology import TAPS, Builder, Edges, Topology, located, spans
+from wspace.nowcast.predictor import Past, ties_of
+from wspace.nowcast.ranks import in_parts
+from wspace.nowcast.topology import TAPS, Builder, Edges, Topology, lasting, located, spans
 from wspace.space import WeightSpace
 from wspace.trace import trace
 
@@ -78,18 +80,27 @@ def topology_of(past: Past) -> Topology:
 
 
 def space_of(past: Past) -> WeightSpace:
-    """The weight space: the one given, or traced with the inputs given, or with guessed ones."""
+    """The weight space: the one given, or traced with the inputs given, or with guessed ones.
+
+    Args:
+        past: The prediction's inputs.
+
+    Returns:
+        It.
+
+    Raises:
+        NowcastError: If no inputs are given and the guesses do not run.
+        TraceError: If the module does not run on those given.
+    """
     if past.space is not None:
         return past.space
     assert isinstance(past.module, nn.Module)
     args, kwargs = past.example
     if args is not None or kwargs is not None:
         return trace(past.module, tuple(args or ()), kwargs or {})
-    for guess, named in _guesses(past.module):
-        try:
-            return trace(past.module, guess, named)
-        except WSpaceError:
-            continue
+    space = guessed(past.module)
+    if space is not None:
+        return space
     raise NowcastError(
         message(
             f"predict: no example inputs of {type(past.module).__name__} are known",
@@ -100,11 +111,51 @@ def space_of(past: Past) -> WeightSpace:
     )
 
 
+_GUESSED: WeakKeyDictionary[nn.Module, tuple[object, WeightSpace | None]] = WeakKeyDictionary()
+
+
+def guessed(module: nn.Module) -> WeightSpace | None:
+    """The weight space of a module, traced with guessed inputs.
+
+    It is kept until modules or parameters are added, removed, resized or tied. A module with a
+    parameter in parts is not traced: its forward pass waits for other processes.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Its space; None if it runs on none of the inputs tried.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False))
+    if any(in_parts(p) for p in own.values()):
+        return None
+    ties = tuple(ties_of(module).items())
+    parts = tuple((name, type(m)) for name, m in module.named_modules())
+    form = (ties, parts, tuple(p.shape for p in own.values()))
+    found = _GUESSED.get(module)
+    if found is None or found[0] != form:
+        found = _GUESSED[module] = form, _tried(module)
+    return found[1]
+
+
+def _tried(module: nn.Module) -> WeightSpace | None:
+    for guess, named in _guesses(module):
+        try:
+            return trace(module, guess, named)
+        except WSpaceError:
+            continue
+    return None
+
+
 def _guesses(module: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Example inputs that a module may run on, the likeliest first."""
     dummy = getattr(module, "dummy_inputs", None)
-    if isinstance(dummy, Mapping):
-        return [((), dict(dummy))]
+    first = [((), dict(dummy))] if isinstance(dummy, Mapping) else []
+    return [*first, *_by_layer(module)]
+
+
+def _by_layer(module: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the first layer takes."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(1))
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -122,6 +173,7 @@ def _guesses(module: nn.Module) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 @lru_cache(maxsize=16)
+@lasting
 def traced(space: WeightSpace) -> Topology:
     """The topology of a traced module.
 
