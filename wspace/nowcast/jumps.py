@@ -110,18 +110,22 @@ class Jumps:
         self._unsure.append(skipped.detach().clone())
         if (self._step + len(self._unsure)) % self.spacing:
             return  # nothing can be due, so there is no need to wait for the device
-        *before, last = torch.stack([x.reshape(()) for x in self._unsure]).tolist()
-        self._unsure.clear()
-        self._step += sum(not x for x in before)
-        if not last:
+        last = self._unsure.pop()
+        self._count()
+        if not float(last):
             self.after_step()
+
+    def _count(self) -> None:
+        """Counts the steps of which it was not known yet whether they were made."""
+        if self._unsure:
+            skipped = torch.stack([x.reshape(()) for x in self._unsure]).tolist()
+            self._unsure.clear()
+            self._step += sum(not x for x in skipped)
 
     @property
     def step(self) -> int:
         """Optimizer steps so far."""
-        if self._unsure:
-            self._step += sum(not float(x) for x in self._unsure)
-            self._unsure.clear()
+        self._count()
         return self._step
 
     @step.setter
