@@ -1,6 +1,8 @@
 """A jump leaves what it should not touch: what is around a part, frozen layers, loaders."""
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -193,9 +195,16 @@ def test_an_interruption_while_writing_leaves_the_model_as_it_was(
     assert optimizer.jumps[-1].horizon == 3
 
 
-def test_values_that_are_written_are_let_go_one_by_one() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_values_are_written_in_all_processes_or_in_none(fails: bool) -> None:
+    def together(work: Callable[[], None]) -> None:
+        work()
+        if fails:
+            raise NowcastError("the jump failed in another process")
+
     live = {str(i): torch.full((3,), float(i)) for i in range(4)}
     values = {n: x + 1 for n, x in live.items()}
-    kept.write_whole(live, values)
-    assert not values
-    assert [float(x[0]) for x in live.values()] == [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(NowcastError) if fails else nullcontext():
+        kept.write_whole(live, values, together)
+    assert not values  # let go as they were used up
+    assert [float(x[0]) for x in live.values()] == [i + (not fails) for i in range(4)]

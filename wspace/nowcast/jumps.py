@@ -223,13 +223,18 @@ class Jumps:
         """A jump that either is made whole, or leaves everything as it was."""
         local = {n: own_part(p) for n, p in live.items()}
         runs = self.settings.guard is not None or self.settings.refresh is not None
-        kept = Kept(self._outer, local if runs else {}, self.history.device)
+        kept = self.ranks.together(
+            lambda: Kept(self._outer, local if runs else {}, self.history.device)
+        )
         done = False
         try:
             with drawn_again(self._outer):
                 if self.settings.guard is None:
                     values = self._forecast(live, horizon)
-                    self._move(local, values) if runs else write_whole(local, values)
+                    if runs:
+                        self._move(local, values)
+                    else:
+                        write_whole(local, values, self.ranks.together)
                     entry = replace(entry, horizon=horizon, reason="accepted")
                 else:
                     entry = self._guarded(self.settings.guard, entry, live, kept)

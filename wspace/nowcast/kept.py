@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,7 +126,11 @@ def write(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     torch.clear_autocast_cache()
 
 
-def write_whole(live: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
+def write_whole(
+    live: Mapping[str, Tensor],
+    values: dict[str, Tensor],
+    together: Callable[[Callable[[], None]], None],
+) -> None:
     """As `write`, all of them or, if anything comes between, none.
 
     Former values take the place of new ones as these are used up, so that both together are never
@@ -135,14 +139,19 @@ def write_whole(live: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
     Args:
         live: The tensors.
         values: New values, by name; emptied.
+        together: Does work that must succeed in all processes; see `Ranks.together`.
     """
     old: dict[str, Tensor] = {}
-    try:
+
+    def work() -> None:
         for names in chunks([(n, live[n]) for n in values], ENTRIES):
-            old |= {n: live[n].detach().clone() for n in names}
+            old.update({n: live[n].detach().clone() for n in names})
             copy_all([live[n] for n in names], [values[n] for n in names])
             for n in names:
                 del values[n]
+
+    try:
+        together(work)
     except BaseException:
         write(live, old)
         raise
