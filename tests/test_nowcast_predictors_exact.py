@@ -111,3 +111,20 @@ def test_changes_are_in_the_units_of_training(name: str) -> None:
     want = (x[-1] - x.mean()) / (x.std() + 1e-6) * x.std() + x.mean()
     assert (out - want).abs().max() <= 1e-12 * want.abs().max()
     assert (out - x[-1]).abs().max() > 1e-8
+
+
+def test_bfloat16_stays_within_a_hundredth_of_the_update() -> None:
+    module = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 32)).float()
+    space = wspace.trace(module, (torch.zeros(1, 40),))
+    states = walk(module)
+    out = []
+    for precision in ("float32", "bfloat16"):
+        predictor = NiNoGraph(64, precision=precision)
+        g = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in predictor.parameters():
+                p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
+        out.append(predictor.predict(module, states, horizon=3, space=space))
+    moved = sum(float((out[0][n] - states[-1][n]).square().sum()) for n in out[0])
+    apart = sum(float((out[0][n] - out[1][n]).square().sum()) for n in out[0])
+    assert 0 < apart <= 1e-4 * moved

@@ -175,6 +175,27 @@ def test_a_transformers_model_whose_dummy_inputs_do_not_fit() -> None:
         assert all(torch.equal(out[n], x) for n, x in want.items())
 
 
+def test_the_space_is_found_or_asked_for() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    predictor = randomised(NiNoGraph(8).double())
+    assert isinstance(predictor, NiNoGraph)
+    states = walk(module)
+    args = (torch.zeros(4, 3, dtype=torch.float64),)
+    space = wspace.trace(module, args)
+    want = predictor.predict(module, states, horizon=2, space=space)
+    for out in (
+        predictor.predict(module, states, horizon=2),
+        predictor.predict(module, states, horizon=2, args=args),
+        predictor.predict(space, states, horizon=2),
+    ):
+        assert all(torch.equal(out[n], x) for n, x in want.items())
+    with pytest.raises(NowcastError, match="space = wspace.trace"):
+        predictor.predict(nn.Bilinear(2, 3, 4).double(), walk(nn.Bilinear(2, 3, 4)), horizon=1)
+    other = wspace.trace(nn.Linear(3, 2), (torch.zeros(1, 3),))
+    with pytest.raises(NowcastError, match=r"'0\.weight' on one side only"):
+        predictor.predict(module, states, horizon=1, space=other)
+
+
 # ---------------------------------------------------------------------- what is kept
 
 

@@ -5,8 +5,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import cases
 import pytest
 import torch
+from test_nowcast_predictors_symmetry import QUICK
 from torch import Tensor, nn
 
 import wspace
@@ -192,6 +194,40 @@ def test_traced_wiring_of_a_chain_is_the_published_one() -> None:
     ]
     assert len(want) == 8 + 12 + 15 + 10
     assert_wired(edges(traced(wspace.trace(module, (torch.zeros(1, 2, 3, 3),)))), want)
+
+
+# ------------------------------------------------------------------ larger networks
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, "shared_block", "state_space", "unused_parameters", "fno"]
+)
+def test_every_entry_is_an_edge_once(name: str) -> None:
+    """Each entry is in some edge, and in several only where the parameter is read in several."""
+    module, args, kwargs = cases.build(name)
+    space = wspace.trace(module, args, kwargs)
+    topology = traced(space)
+    seen = {p.name: torch.zeros(p.numel) for p in space.params if not p.buffer}
+    for b in topology.blocks:
+        assert len(b.target) == b.sizes[0] * b.sizes[1]
+        assert len(b.source) == b.sizes[0] * b.sizes[2]
+        assert int(max(b.target.max(), b.source.max())) < topology.nodes
+        if b.param:
+            numbers = torch.arange(space[b.param].numel)
+            assert torch.equal(b.view(numbers), b.entries)
+            seen[b.param] += torch.bincount(b.entries.flatten(), minlength=len(numbers))
+            assert b.sizes[4] <= 9
+    assert all(bool((n >= 1).all()) for n in seen.values())
+    assert all(float(n.min()) == float(n.max()) for n in seen.values())
+
+
+def test_large_kernels_are_parallel_edges() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 5), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    space = wspace.trace(module, (torch.zeros(1, 2, 8, 8),))
+    sizes = [(b.kind, b.sizes) for b in traced(space).blocks if b.param.endswith("weight")]
+    assert sizes == [
+        (3, (1, 3, 2, 2, 9)), (3, (1, 3, 2, 1, 7)), (3, (1, 2, 3, 1, 9)), (1, (1, 3, 2, 4, 1)),
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------ do these tests see mistakes?
