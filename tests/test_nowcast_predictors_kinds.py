@@ -151,7 +151,7 @@ def test_a_guess_is_traced_once_until_the_module_changes(monkeypatch: pytest.Mon
         return old(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(wiring, "trace", trace)
-    for net in (mlp_of(), graph_of(), mlp_of()):
+    for net in (mlp_of(), graph_of(), graph_of()):
         net.predict(module, history(module), horizon=1)
     assert len(calls) == 1
     module.append(nn.Linear(2, 2, bias=False))
