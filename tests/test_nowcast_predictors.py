@@ -388,7 +388,8 @@ def test_nino_mlp_is_the_published_formula(seed: int, tmp_path: Path) -> None:
 
 def test_nino_mlp_kinds_of_a_gpt2() -> None:
     """Fused queries, keys and values get their own kinds, by names and by the weight space."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(n_embd=6, n_layer=2, n_head=2, vocab_size=23, n_positions=7)
     module = transformers.GPT2LMHeadModel(config).double().eval()
     space = wspace.trace(module, (), {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})

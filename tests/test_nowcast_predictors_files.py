@@ -12,6 +12,8 @@ from test_nowcast_predictors import ON_DISK, PUBLISHED, Net, predictors, publish
 from wspace.errors import CheckpointError, NowcastError
 from wspace.nowcast import (
     WNN,
+    Average,
+    LinearFit,
     NiNoGraph,
     NiNoMLP,
     Predictor,
@@ -108,3 +110,21 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": Net, "model_args": {}}, file)  # runs code when it is loaded
     with pytest.raises(CheckpointError, match="UnpicklingError"):
         load_published(file)
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        NiNoMLP(3, context=4, longest=6, kinds=7, precision="bfloat16", chunk=9, still=False),
+        NiNoGraph(3, context=4, longest=6, kinds=7, codes=2, tokens=5, laplacian=True, drift=True),
+        WNN(3, context=4, longest=6, chunk=9),
+        Average(0.5, context=3),
+        LinearFit(context=3),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_options_make_the_same_form(predictor: Predictor) -> None:
+    again = type(predictor)(**predictor.options)
+    assert again.options == predictor.options != type(predictor)().options
+    shapes = {k: x.shape for k, x in predictor.state_dict().items()}
+    assert {k: x.shape for k, x in again.state_dict().items()} == shapes

@@ -62,7 +62,8 @@ def summed(changes: dict[str, Tensor]) -> Tensor:
 
 
 def gpt2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(n_embd=6, n_layer=1, n_head=2, vocab_size=23, n_positions=7)
     return transformers.GPT2LMHeadModel(config).eval()
 
@@ -161,7 +162,8 @@ def test_a_guess_is_traced_once_until_the_module_changes(monkeypatch: pytest.Mon
 
 def test_a_transformers_model_whose_dummy_inputs_do_not_fit() -> None:
     """A vision transformer takes images, though it offers numbers of tokens."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
         image_size=32, patch_size=8,

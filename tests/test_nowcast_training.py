@@ -225,7 +225,7 @@ def test_smooth_targets_are_means_around_them() -> None:
             half = min(6 * stride, STATES - 1 - place, place)
             target = x[place - half : place + half + 1].mean(0)
             expected = (target - window.mean()) / (window.std() + 1e-6)
-            assert torch.allclose(part.ahead[i, k], expected, atol=1e-4)
+            torch.testing.assert_close(part.ahead[i, k], expected, rtol=1e-5, atol=3e-5)
     assert int((where.ahead - where.around).min()) >= 0 < int(where.around.max())
 
 
@@ -248,7 +248,7 @@ def test_line_is_that_of_linear_fit() -> None:
         states = [{"weight": x} for x in past]
         expected = LinearFit().predict(module, states, horizon=horizon)["weight"]
         made = torch.einsum("c,cij->ij", weights[horizon - 1], past)
-        assert torch.allclose(made, expected, atol=1e-4)
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=3e-5)
 
 
 def test_buffers_are_not_trained_on() -> None:

@@ -30,7 +30,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Up to the order of sums over processes."""
     assert a.keys() == b.keys()
     for n, x in a.items():
-        torch.testing.assert_close(x, b[n], rtol=1e-4, atol=1e-5, msg=n)
+        torch.testing.assert_close(x, b[n], rtol=1e-6, atol=1e-6, msg=n)
 
 
 @pytest.mark.parametrize("when", ["first process predicts", "after two jumps", "guarded"])

@@ -10,9 +10,6 @@ from wspace.nowcast.jumps import Jumps as Jumps
 from wspace.nowcast.mlp import WNN as WNN
 from wspace.nowcast.mlp import NiNoMLP as NiNoMLP
 from wspace.nowcast.optimizer import Nowcaster as Nowcaster
-from wspace.nowcast.predictor import Average as Average
-from wspace.nowcast.predictor import LinearFit as LinearFit
-from wspace.nowcast.predictor import NoChange as NoChange
 from wspace.nowcast.predictor import Predictor as Predictor
 from wspace.nowcast.published import load_published as load_published
 from wspace.nowcast.schedule import Decay as Decay
@@ -22,3 +19,6 @@ from wspace.nowcast.store import SHIPPED as SHIPPED
 from wspace.nowcast.store import card_of as card_of
 from wspace.nowcast.store import load as load
 from wspace.nowcast.store import save as save
+from wspace.nowcast.weighted import Average as Average
+from wspace.nowcast.weighted import LinearFit as LinearFit
+from wspace.nowcast.weighted import NoChange as NoChange

@@ -22,10 +22,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from wspace.errors import NowcastError, message
-from wspace.nowcast.predictor import Past, Predictor, unmixed
+from wspace.nowcast.predictor import Past, Predictor, check_precision, draw_small, unmixed
 from wspace.nowcast.topology import TAPS, Edges, Topology
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -116,16 +114,9 @@ class NiNoGraph(Predictor):
         drift: bool = False,
     ) -> None:
         super().__init__(context=context, longest=longest, still=still)
-        if precision not in PRECISIONS:
-            raise NowcastError(
-                message(
-                    "NiNoGraph: unknown precision",
-                    expected=" or ".join(PRECISIONS),
-                    got=repr(precision),
-                )
-            )
-        self.channels, self.laplacian, self.precision = channels, laplacian, precision
-        self.chunk, self.drift = chunk, drift
+        check_precision(precision)
+        self.channels, self.kinds, self.codes, self.tokens = channels, kinds, codes, tokens
+        self.laplacian, self.precision, self.chunk, self.drift = laplacian, precision, chunk, drift
         self.kind = nn.Embedding(kinds, channels)
         self.enter = nn.Linear(TAPS * context, channels)
         self.place = nn.Linear(codes, channels)
@@ -133,45 +124,24 @@ class NiNoGraph(Predictor):
         self.rounds = nn.ModuleList([Layer(channels) for _ in range(2)])
         self.hidden = nn.Linear(channels, channels)
         self.head = nn.Linear(channels, TAPS * longest)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What makes a predictor of the same form that predicts alike."""
-        return {
-            "channels": self.channels,
-            "context": self.context,
-            "longest": self.longest,
-            "kinds": self.kind.num_embeddings,
-            "codes": self.place.in_features,
-            "tokens": self.token.num_embeddings if self.token else 0,
-            "laplacian": self.laplacian,
-            "precision": self.precision,
-            "chunk": self.chunk,
-            "still": self.still,
-            "drift": self.drift,
-        }
+        draw_small(self)
 
     def codes_of(self, topology: Topology) -> Tensor:
         """First states of the nodes, ``(nodes, C)``, or ``(1, C)`` where all are equal."""
         bias = self.place.bias
         v = bias[None]
         if self.laplacian:
-            codes = topology.laplacian(self.place.in_features)
+            codes = topology.laplacian(self.codes)
             v = v + codes.to(bias) @ self.place.weight.mT
         if self.token is not None:
             ids = topology.tokens
             if ids is None:
                 ids = torch.zeros(topology.nodes, dtype=torch.int64)
-            if int(ids.max()) >= self.token.num_embeddings:
+            if int(ids.max()) >= self.tokens:
                 raise NowcastError(
                     message(
                         "NiNoGraph: more tokens than the predictor has codes for",
-                        expected=f"at most {self.token.num_embeddings - 1}",
+                        expected=f"at most {self.tokens - 1}",
                         got=f"{int(ids.max())}",
                         help="take a predictor without token codes",
                     )

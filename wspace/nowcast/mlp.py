@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Any, cast
+from typing import cast
 from weakref import WeakSet
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from wspace.errors import NowcastError, message
 from wspace.nn.edge_kernel import Room
 from wspace.nowcast import topology as top
-from wspace.nowcast.predictor import Past, Predictor
+from wspace.nowcast.predictor import Past, Predictor, check_precision, draw_small
 from wspace.nowcast.streaming import EPS, moved
 from wspace.nowcast.topology import flat
 from wspace.nowcast.wiring import guessed, space_of, traced
@@ -185,35 +185,14 @@ class NiNoMLP(Pointwise):
         drift: bool = False,
     ) -> None:
         super().__init__(context=context, longest=longest, still=still)
-        if precision not in {"float32", "bfloat16"}:
-            raise NowcastError(
-                f"NiNoMLP: no precision {precision!r}\n  expected float32 or bfloat16"
-            )
-        self.channels, self.precision, self.chunk = channels, precision, chunk
-        self.drift = drift
+        check_precision(precision)
+        self.channels, self.kinds, self.precision = channels, kinds, precision
+        self.chunk, self.drift = chunk, drift
         self.kind = nn.Embedding(kinds, channels)
         self.enter = nn.Linear(context, channels)
         hidden = [m for _ in range(3) for m in (nn.Linear(channels, channels), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(channels, longest))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What makes a predictor of the same form that predicts alike."""
-        return {
-            "channels": self.channels,
-            "context": self.context,
-            "longest": self.longest,
-            "kinds": self.kind.num_embeddings,
-            "precision": self.precision,
-            "chunk": self.chunk,
-            "still": self.still,
-            "drift": self.drift,
-        }
+        draw_small(self)
 
     def forward(self, x: Tensor, kind: Tensor | int) -> Tensor:
         """Changes for all horizons.
@@ -301,17 +280,6 @@ class WNN(Pointwise):
         self.steps = nn.ModuleList([nn.Linear(context - 1, channels) for _ in range(3)])
         self.hidden = nn.ModuleList([nn.Linear(2 * channels, channels) for _ in range(3)])
         self.heads = nn.ModuleList([nn.Linear(channels, longest) for _ in range(3)])
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What makes a predictor of the same form that predicts alike."""
-        return {
-            "channels": self.channels,
-            "context": self.context,
-            "longest": self.longest,
-            "chunk": self.chunk,
-            "still": self.still,
-        }
 
     def forward(self, x: Tensor, kind: int) -> Tensor:
         """Changes for all horizons, in the units of the values.

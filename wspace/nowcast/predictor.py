@@ -21,6 +21,7 @@ from wspace.errors import NowcastError, message
 from wspace.space import WeightSpace
 
 TOPOLOGIES = ("traced", "published")
+PRECISIONS = ("float32", "bfloat16")
 FREE = ("precision", "laplacian", "chunk", "still", "drift")
 """Options that do not change which weights a predictor has."""
 CHUNK = 1 << 16
@@ -83,6 +84,11 @@ class Predictor(nn.Module):
             )
         self.context, self.longest, self.still = context, longest, still
         self.origin = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes a predictor of the same form that predicts alike: arguments of the class."""
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     @classmethod
     def checked(cls, what: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +197,34 @@ class Predictor(nn.Module):
             wrong = f"expected a topology among {', '.join(TOPOLOGIES)}\n  got {topology!r}"
         if wrong:
             raise NowcastError(f"predict: {type(self).__name__} cannot do this\n  {wrong}")
+
+
+def check_precision(precision: str) -> None:
+    """Refuses a precision that no predictor computes in.
+
+    Args:
+        precision: One of `PRECISIONS`.
+
+    Raises:
+        NowcastError: If it is not.
+    """
+    if precision not in PRECISIONS:
+        raise NowcastError(
+            message("unknown precision", expected=" or ".join(PRECISIONS), got=repr(precision))
+        )
+
+
+def draw_small(net: nn.Module) -> None:
+    """Draws the weights of linear layers and embeddings with deviation 0.02; biases are zero.
+
+    Args:
+        net: The network; changed in place.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
 
 
 @contextmanager
@@ -392,81 +426,3 @@ def _settle(made: Tensor, window: Sequence[Tensor], *, still: bool) -> bool:
             torch.where(moved, out, last, out=out)
         bounds.extend(out.aminmax())  # NaN if any entry is
     return not bounds or bool(torch.stack(bounds).isfinite().all())
-
-
-# -------------------------------------------------------------- without a network
-
-
-class Weighted(Predictor):
-    """A weighted sum of the past states, the same weights for every entry."""
-
-    @abstractmethod
-    def _weights(self, horizon: int) -> Tensor:
-        """Weights of the past states, ``(c,)`` float64, of sum 1."""
-
-    def _ahead(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:
-        weights = self._weights(horizon).tolist()[:-1]
-        for name in past.names:
-            window = past.windows[name]
-            wide = torch.promote_types(window[-1].dtype, torch.float32)
-            made = window[-1].clone(memory_format=torch.contiguous_format)
-            for out, *some in pieces(made, *window):
-                last = some[-1].to(wide)
-                total = last.clone()
-                for w, x in zip(weights, some[:-1], strict=True):
-                    total.add_(x - last, alpha=w)  # differences: what never moves stays exactly
-                out.copy_(total)
-            yield name, made
-
-
-class NoChange(Predictor):
-    """The last state."""
-
-    def _ahead(self, past: Past, horizon: int) -> Iterator[tuple[str, Tensor]]:
-        for name in past.names:
-            yield name, past.windows[name][-1].clone(memory_format=torch.contiguous_format)
-
-
-class LinearFit(Weighted):
-    """The least-squares line through the past values of every entry, extended.
-
-    Exact where the past lies on a line. One past state gives that state.
-
-    Example:
-        >>> line = torch.nn.Linear(1, 1, bias=False)
-        >>> states = [{"weight": torch.tensor([[0.5 * t]])} for t in range(5)]
-        >>> LinearFit().predict(line, states, horizon=3)["weight"]
-        tensor([[3.5000]])
-    """
-
-    def _weights(self, horizon: int) -> Tensor:
-        t = torch.arange(self.context, dtype=torch.float64)
-        t = t - t.mean()
-        spread = float((t * t).sum())
-        return 1 / self.context + (t * (t[-1] + horizon) / spread if spread else torch.zeros(1))
-
-
-class Average(Weighted):
-    """The mean of the past states, whatever the horizon.
-
-    Args:
-        decay: Weight of a state relative to the next; 1 is the plain mean ("latest weight
-            averaging"), less is an exponential moving average.
-
-    References:
-        Kaddour (2022), Stop wasting my time! arXiv:2209.14981
-    """
-
-    def __init__(
-        self, decay: float = 1.0, *, context: int = 5, longest: int = 40, still: bool = True
-    ) -> None:
-        super().__init__(context=context, longest=longest, still=still)
-        if not 0 < decay <= 1:
-            raise NowcastError(
-                message("Average: impossible decay", expected="0 < decay <= 1", got=f"{decay}")
-            )
-        self.decay = decay
-
-    def _weights(self, horizon: int) -> Tensor:
-        powers = self.decay ** torch.arange(self.context - 1, -1, -1, dtype=torch.float64)
-        return powers / powers.sum()

@@ -119,7 +119,7 @@ class Stream:
         target, source, bias = (self._map(m) for m in self.f.pair[0])
         u, w = v @ target + bias, v @ source
         values = self.like.new_zeros(n, self.f.scale0[0].shape[0])
-        kinds = self.like.new_zeros(n, self.net.kind.num_embeddings)
+        kinds = self.like.new_zeros(n, self.net.kinds)
         cross = None if self.plain else torch.zeros_like(u)
         scale, rows = (self._map(m) for m in self.f.scale0)
         for b in self.topology.blocks:
