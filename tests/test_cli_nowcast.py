@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from wspace import load_checkpoint, trace
 from wspace.cli import main
-from wspace.cli.nowcast import NOTE
-from wspace.cli.series import read_series, step_of
+from wspace.cli.series import NOTE, read_series, step_of
 from wspace.nowcast import NiNoGraph, NiNoMLP, save
 
 NET = """
@@ -243,6 +242,16 @@ def test_published_predictor_goes_by_its_wiring(run: Runner) -> None:
     words = (*files, "--predictor", "nino_some.pt", "--horizon", "5", "--topology", "published")
     code, out, err = run(*words, "--out", "a.safetensors", "--model", "py:net.py:build")
     assert code == 0 and "NiNoMLP" in out and "as published code has it" in out, err
+
+
+def test_a_prediction_is_no_observation(run: Runner) -> None:
+    files = written(states())
+    assert run(*files, "--horizon", "1", "--out", "step_600.safetensors").code == 0
+    for words in ([*files[1:], "step_600.safetensors"], ["step_*.safetensors"]):
+        code, _, err = run(*words, "--horizon", "1", "--out", "a.safetensors")
+        assert code == 2 and "a prediction is no state of the run" in err
+        assert "step_600.safetensors" in err and "step_500" not in err
+    assert not Path("a.safetensors").exists()
 
 
 def test_unknown_predictor_and_horizon(run: Runner) -> None:

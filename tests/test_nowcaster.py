@@ -181,6 +181,22 @@ def test_impossible_settings_are_refused(options: dict[str, Any], match: str) ->
         Nowcaster(base, **(given | options))
 
 
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"predictor": "nino-mlp-small"}, "predictor is a str(.|\n)*load\\('nino-mlp-small'"),
+        ({"guard": lambda: 0.0}, "guard is a function(.|\n)*Guard\\(function\\)"),
+        ({"optimizer": nn.Linear(1, 1)}, "optimizer is a Linear(.|\n)*comes first"),
+    ],
+)
+def test_what_is_passed_instead_is_named(given: dict[str, Any], match: str) -> None:
+    model = net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    usual = {"optimizer": base, "module": model, "predictor": LinearFit(), "horizon": 1}
+    with pytest.raises(NowcastError, match=match):
+        Nowcaster(**{**usual, **given})
+
+
 def test_other_refusals() -> None:
     model = net()
     base = torch.optim.Adagrad(model.parameters())

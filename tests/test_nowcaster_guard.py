@@ -474,3 +474,12 @@ def test_a_prediction_may_be_the_parameter_itself() -> None:
     optimizer = Nowcaster(base, model, None, Same(), period=5, horizon=8, guard=guard)
     train(model, optimizer, range(5))
     assert (optimizer.jumps[0].horizon, optimizer.jumps[0].after) == (8, 1.0)
+
+
+def test_a_guard_gives_one_number() -> None:
+    model = net()
+    for loss in (torch.tensor([0.5]), torch.tensor(0.5), 0.5):
+        assert measured(model, lambda loss=loss: loss) == 0.5
+    with pytest.raises(NowcastError, match=r"not one number\n.*shape \(4, 1\)"):
+        measured(model, lambda: torch.zeros(4, 1))
+    assert model.training

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from wspace.cli import screen
-from wspace.cli.series import Series, read_series
+from wspace.cli.series import NOTE, Series, read_series
 from wspace.cli.subject import Subject, open_subject
 from wspace.errors import CheckpointError, WSpaceError, message
 from wspace.io import Checkpoint, Layout, fit_checkpoint, save_checkpoint
@@ -32,7 +32,6 @@ CONTEXT = 5
 """Checkpoints that a built-in predictor takes out of a folder."""
 STATISTICS = ("running_mean", "running_var")
 """Last words of the names of floating-point buffers that training changes."""
-NOTE = "wspace-nowcast"
 """Entry of the file's metadata that says how it was made."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wspace.cli.headers import notes_of
 from wspace.cli.screen import working
 from wspace.errors import CheckpointError, message
 from wspace.io import Checkpoint, load_checkpoint
@@ -20,6 +21,10 @@ from wspace.nowcast.forecast import finite
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 WORDS = (r"steps?[=_-]?(\d+)", r"(?:checkpoint|ckpt|iter|iteration|epoch)[=_-]?(\d+)")
 PATTERNS = tuple(re.compile(text, re.IGNORECASE) for text in (*WORDS, r"(\d+)$"))
+
+
+NOTE = "wspace-nowcast"
+"""Entry in the header of a file that the command wrote."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,15 @@ def read_series(
             )
         )
     _check_steps(paths, steps, uneven=uneven)
+    if made := [str(path) for path in paths if path.is_file() and NOTE in notes_of(path)]:
+        raise CheckpointError(
+            message(
+                "nowcast: a prediction is no state of the run",
+                expected="checkpoints that training wrote",
+                got=made,
+                help="write predictions to another folder, or name the checkpoints one by one",
+            )
+        )
     with working("reading checkpoints"):
         states = tuple(load_checkpoint(path, key=key) for path in paths)
         _check_states(paths, states)

@@ -94,17 +94,26 @@ def measured(module: nn.Module, loss: Callable[[], float | Tensor]) -> float:
 
     Returns:
         The loss.
+
+    Raises:
+        NowcastError: If the loss is not one number.
     """
     torch.clear_autocast_cache()  # it may hold parameters as they were
     buffers, modes = buffers_of(module), modes_of(module)
     try:
         module.eval()
         with torch.no_grad(), drawn_again(module):
-            return float(loss())
+            found = loss()
     finally:
         put_modes(modes)
         put_back(buffers)
         torch.clear_autocast_cache()
+    if isinstance(found, Tensor) and found.numel() != 1:
+        raise NowcastError(
+            message("Guard: the loss is not one number", got=f"shape {tuple(found.shape)}",
+                    help="take its mean")
+        )  # fmt: skip
+    return float(found)
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ class Nowcaster(Optimizer):
             alone=alone,
         )
         self.base = optimizer
-        self.core = Jumps(optimizer, module, space, _given(optimizer, predictor), settings)
+        self.core = Jumps(optimizer, module, space, _given(optimizer, predictor, guard), settings)
         super().__setstate__({})  # hooks and profiling of an Optimizer, without groups of its own
 
     # ------------------------------------------------------------ shared with the optimizer
@@ -256,8 +256,8 @@ class Nowcaster(Optimizer):
         return f"Nowcaster ({how})\n{self.base!r}"
 
 
-def _given(optimizer: Optimizer, predictor: Predictor | None) -> Predictor:
-    """The predictor, or an error that says what cannot be wrapped, or is missing."""
+def _given(optimizer: Any, predictor: Any, guard: Any) -> Predictor:
+    """The predictor, or an error that says which argument is something else."""
     if isinstance(optimizer, Nowcaster):
         raise NowcastError(
             message(
@@ -265,12 +265,17 @@ def _given(optimizer: Optimizer, predictor: Predictor | None) -> Predictor:
                 expected="a plain torch.optim.Optimizer",
             )
         )
-    if predictor is None:
-        raise NowcastError(
-            message(
-                "Nowcaster: a predictor is missing",
-                expected="predictor=...",
-                help="such as wspace.nowcast.LinearFit()",
+    shipped = "such as wspace.nowcast.LinearFit(), or wspace.nowcast.load('nino-mlp-small')"
+    wanted = (
+        ("optimizer", optimizer, Optimizer, "the optimizer comes first, then the module"),
+        ("predictor", predictor, Predictor, shipped),
+        ("guard", guard, Guard | None, "wspace.nowcast.Guard(function) makes one"),
+    )
+    for name, value, kind, help in wanted:
+        if not isinstance(value, kind):
+            what = "is missing" if value is None else f"is a {type(value).__name__}"
+            expected = getattr(kind, "__name__", "Guard")
+            raise NowcastError(
+                message(f"Nowcaster: the {name} {what}", expected=f"a {expected}", help=help)
             )
-        )
     return predictor

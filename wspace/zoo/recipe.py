@@ -292,7 +292,8 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
     fitted, ok = _fit(value, hint)
     if not ok:
         shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise ZooError(_text(f"{what} does not fit", expected=shown, got=repr(value)))
+        several = "a list, as JSON, in quotes" if get_origin(hint) is tuple else ""
+        raise ZooError(_text(f"{what} does not fit", expected=shown, got=repr(value), help=several))
     return fitted
 
 
