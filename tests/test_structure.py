@@ -34,7 +34,7 @@ RANK = {
     "graph": 3,
     "nn": 4,
     "testing": 4,
-    "augment": 5,
+    "augment": 5.5,  # aligned MixUp matches
     "align": 5,
     "prune": 5,
     "nowcast": 5,
