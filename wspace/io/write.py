@@ -1,4 +1,7 @@
-"""Writing checkpoints: the same layout as before, all of it or nothing."""
+"""Writing checkpoints: the same layout as before, all of it or nothing.
+
+Safetensors are written tensor by tensor; a torch file is pickled whole.
+"""
 
 import json
 import shutil
@@ -6,10 +9,10 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -19,11 +22,11 @@ from wspace.io.layout import (
     TORCH_SUFFIXES,
     Checkpoint,
     Layout,
-    State,
     inside,
     text,
     tied_names,
 )
+from wspace.io.stream import LazyState, write_safetensors
 
 # Weights in a folder, ours or another framework's: what does not travel with the configuration.
 HEAVY = (".safetensors", *TORCH_SUFFIXES, INDEX, ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
@@ -39,6 +42,9 @@ def save_checkpoint(
     What a training checkpoint holds beyond the weights is kept unless it has tensors: optimizer
     moments and averages belong to the old weights (`Layout.left_out`).
 
+    A `LazyState` is computed while it is written: safetensors tensor by tensor, in memory for the
+    largest one. A torch file is pickled, for which all of it has to be in memory.
+
     Args:
         state: Tensors by name; those that are the same memory are written once.
         path: A file; or a folder or an index, if that is what `like` is. A folder has to be new.
@@ -51,22 +57,26 @@ def save_checkpoint(
     path = Path(path)
     layout = like.layout if isinstance(like, Checkpoint) else like or _plain(path)
     _check_target(path, layout)
-    if bad := [f"{name!r}: {fault}" for name, item in state.items() if (fault := _fault(item))]:
+    outline = state.outline if isinstance(state, LazyState) else state
+    if bad := [f"{name!r}: {fault}" for name in state if (fault := _fault(outline[name], state))]:
         raise CheckpointError(_text("a value is no tensor that can be saved", got=bad))
     files, aliases = _plan(state, layout)
     with _staging(path) as staging:
-        for name, tensors in files.items():
+        for file, names in files.items():
             alone = layout.index is None and not layout.folder
-            target = staging / (path.name if alone else name)
-            metadata = layout.metadata.get(name, {})
+            target = staging / (path.name if alone else file)
+            metadata = layout.metadata.get(file, {})
             if layout.kind == "torch":
-                _write_torch(target, tensors, metadata, layout)
+                _write_torch(target, _read(state, names), metadata, layout)
             else:
-                notes = {alias: kept for alias, kept in aliases.items() if kept in tensors}
-                _write_safetensors(target, tensors, {**metadata, **notes})
+                notes = {alias: kept for alias, kept in aliases.items() if kept in names}
+                shapes = {stored: outline[name] for stored, name in names.items()}
+                source = partial(_one, state, names)
+                write_safetensors(target, shapes, source, {**metadata, **notes})
         if layout.index is not None:
             name = layout.file.name if layout.folder else path.name
-            (staging / name).write_text(_index(files, layout.index), encoding="utf-8")
+            content = _index(files, outline, layout.index)
+            (staging / name).write_text(content, encoding="utf-8")
         if layout.folder:
             _copy_small_files(layout.file.parent, staging)
             staging.replace(path)
@@ -120,41 +130,44 @@ def _check_target(path: Path, layout: Layout) -> None:
         )
 
 
-def _fault(item: object) -> str:
+def _fault(item: object, state: Mapping[str, Tensor]) -> str:
     if not isinstance(item, Tensor):
         return f"is {type(item).__name__}"
-    return "is on the meta device, it has no values" if item.is_meta else ""
+    lost = item.is_meta and not isinstance(state, LazyState)
+    return "is on the meta device, it has no values" if lost else ""
 
 
 # --- what goes where ------------------------------------------------------------------------------
 
 
-def _plan(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, State], dict[str, str]]:
-    """Tensors of each file by stored name, and stored aliases → the name that is written."""
+def _plan(
+    state: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Names in the state of each file by stored name, and stored aliases → the name written."""
     stored = {name: layout.stored.get(name, layout.prefix + name) for name in state}
     if len(set(stored.values())) < len(stored):
         twice = sorted({old for old in stored.values() if list(stored.values()).count(old) > 1})
         raise CheckpointError(
             _text("two tensors would get one name", got=twice, help="rename one of them")
         )
-    files: dict[str, State] = {name: {} for name in dict.fromkeys(layout.shards.values())}
+    files: dict[str, dict[str, str]] = {name: {} for name in dict.fromkeys(layout.shards.values())}
     if not files:
         files = {layout.file.name.removesuffix(INDEX): {}}
     last = list(files)[-1]
     aliases: dict[str, str] = {}
     for name, kept in _kept(state, layout).items():
         if layout.kind == "torch" or kept == name or name in layout.shards:
-            files[layout.shards.get(name, last)][stored[name]] = state[kept]
+            files[layout.shards.get(name, last)][stored[name]] = kept
         elif name not in layout.implied:
             aliases[stored[name]] = stored[kept]
-    full = {name: tensors for name, tensors in files.items() if tensors}
+    full = {file: names for file, names in files.items() if names}
     return full or {last: {}}, aliases
 
 
 def _kept(state: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
     """For each name the one it is written under; names of one tensor share it."""
-    kept: dict[str, str] = {}
-    for group in tied_names(state):
+    kept = {name: name for name in state}
+    for group in state.ties if isinstance(state, LazyState) else tied_names(state):
         first = next((name for name in group if name in layout.shards), group[0])
         kept |= dict.fromkeys(group, first)
     # A state that was computed has lost the identity of tied tensors, not their equality.
@@ -162,7 +175,7 @@ def _kept(state: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
         there = [name for name in group if name in state]
         there.sort(key=lambda name: name not in layout.shards)
         for name in there[1:]:
-            if _same(state[there[0]], state[name]):
+            if kept[name] != kept[there[0]] and _same(state[there[0]], state[name]):
                 old, new = kept[name], kept[there[0]]
                 kept |= {other: new for other, first in kept.items() if first == old}
     return {name: kept[name] for name in state}
@@ -178,9 +191,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(left, right)
 
 
-def _index(files: Mapping[str, State], metadata: Mapping[str, Any]) -> str:
-    where = {name: file for file, tensors in files.items() for name in tensors}
-    tensors = [tensor for state in files.values() for tensor in state.values()]
+def _index(
+    files: Mapping[str, Mapping[str, str]],
+    outline: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+) -> str:
+    where = {stored: file for file, names in files.items() for stored in names}
+    tensors = [outline[name] for names in files.values() for name in names.values()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     metadata = dict(metadata)
     if metadata.get("total_size", size) != size:
@@ -194,48 +211,19 @@ def _index(files: Mapping[str, State], metadata: Mapping[str, Any]) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _write_safetensors(target: Path, tensors: State, metadata: Mapping[str, str]) -> None:
-    ready: State = {}
-    for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided:
-            raise CheckpointError(
-                _text("safetensors holds dense tensors only", got=f"{name!r}, {tensor.layout}")
-            )
-        ready[name] = tensor.detach().cpu().contiguous()
-    for name in [name for group in _sharing(ready) for name in group[1:]]:
-        ready[name] = ready[name].clone()
-    try:
-        safetensors.torch.save_file(ready, target, metadata=dict(metadata) or None)
-    except Exception as error:
-        bad = [
-            f"{name!r} of {item.dtype}" for name, item in ready.items() if not _holds(item.dtype)
-        ]
-        raise CheckpointError(
-            _text(
-                "safetensors cannot hold the state",
-                got=bad or str(error),
-                help="convert the tensors, or save a .pt file",
-            )
-        ) from error
+def _one(state: Mapping[str, Tensor], names: Mapping[str, str], stored: str) -> Tensor:
+    return state[names[stored]]
 
 
-def _holds(dtype: torch.dtype) -> bool:
-    try:
-        safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})
-    except Exception:
-        return False
-    return True
+def _read(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a file by stored name; names of one tensor share it."""
+    read = {name: state[name] for name in dict.fromkeys(names.values())}
+    return {stored: read[name] for stored, name in names.items()}
 
 
-def _sharing(tensors: State) -> list[list[str]]:
-    """Names grouped by storage."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    return list(groups.values())
-
-
-def _write_torch(target: Path, tensors: State, versions: Mapping[str, Any], layout: Layout) -> None:
+def _write_torch(
+    target: Path, tensors: Mapping[str, Tensor], versions: Mapping[str, Any], layout: Layout
+) -> None:
     ready: dict[int, Tensor] = {}
     weights: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in tensors.items():  # one object per tensor, so that torch writes ties once
