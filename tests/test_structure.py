@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 RANK = {
     "wiring": 0.5,
     "errors": 0,
+    "restore": 0.5,
+    "batchnorm": 1,
     "space": 1,
     "action": 2,
     "io": 2,

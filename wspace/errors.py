@@ -38,6 +38,10 @@ class NowcastError(WSpaceError, RuntimeError):
     """A state could not be predicted, or a prediction may not be used."""
 
 
+class MeasureError(WSpaceError, RuntimeError):
+    """A module could not be measured: a loss that is not a number, or no data."""
+
+
 class MissingExtra(WSpaceError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

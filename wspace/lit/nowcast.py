@@ -23,7 +23,7 @@ from torchmetrics import Metric
 
 from wspace.errors import NowcastError, message
 from wspace.nowcast import Guard, Jump, Jumps, Predictor, Settings
-from wspace.nowcast.kept import drawn_again
+from wspace.restore import drawn_again
 from wspace.space import WeightSpace
 
 Loss = Callable[[LightningModule], float | Tensor]

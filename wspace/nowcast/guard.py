@@ -1,19 +1,17 @@
 """Whether a jump is kept: a held loss before and after, and everything put back if it is not."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from wspace.errors import NowcastError, message
-from wspace.nowcast.kept import buffers_of, drawn_again, modes_of, put_back, put_modes
-
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-"""Batches to re-estimate BatchNorm's statistics with; a function gives them anew for every jump."""
+from wspace import batchnorm
+from wspace.batchnorm import Batches
+from wspace.errors import MeasureError, NowcastError, message
+from wspace.restore import buffers_of, drawn_again, modes_of, put_back, put_modes
 
 
 @dataclass(frozen=True)
@@ -116,81 +114,20 @@ def measured(module: nn.Module, loss: Callable[[], float | Tensor]) -> float:
     return float(found)
 
 
-@torch.no_grad()
 def reestimate(module: nn.Module, batches: Batches) -> int:
-    """Estimates the statistics of BatchNorm layers anew: the mean over batches.
-
-    As `torch.optim.swa_utils.update_bn`, except that only layers of batch normalisation are in
-    training mode, so that dropout neither disturbs the statistics nor draws random numbers. Layers
-    in evaluation mode keep what they have: whoever trains with frozen statistics means it.
+    """As `wspace.batchnorm.reestimate`, of layers in training mode.
 
     Args:
-        module: The module. All modes are put back.
-        batches: Arguments of a call: a dict by name, of a tuple or list the first, else the batch.
+        module: The module.
+        batches: Arguments of calls.
 
     Returns:
-        Number of batches; 0, without asking for any, if nothing is to be estimated.
+        Number of batches.
 
     Raises:
         NowcastError: If there are no batches.
     """
-    layers = _estimated(module)
-    if not layers:
-        return 0
-    device = next(module.parameters()).device
-    modes, momenta, count = modes_of(module), [m.momentum for m in layers], 0
     try:
-        module.eval()
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean over batches, all of one weight
-            layer.train()
-        for batch in batches() if callable(batches) else batches:
-            _call(module, _moved(batch, device))
-            count += 1
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        put_modes(modes)
-    if not count:
-        raise NowcastError(
-            message(
-                "Nowcaster: no batches to estimate BatchNorm's statistics with",
-                help="refresh=[batch, ...], or a function that gives batches anew",
-            )
-        )
-    return count
-
-
-def statistics(module: nn.Module) -> list[Tensor]:
-    """Running means and variances, themselves, of the layers that `reestimate` estimates."""
-    layers = _estimated(module)
-    return [x for m in layers for x in (m.running_mean, m.running_var) if x is not None]
-
-
-def _estimated(module: nn.Module) -> list[BatchNorm]:
-    """Layers that estimate statistics as they are trained; not those frozen by ``eval()``."""
-    return [
-        m
-        for m in module.modules()
-        if isinstance(m, BatchNorm) and m.track_running_stats and m.training
-    ]
-
-
-def _call(module: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        module(**batch)
-    elif isinstance(batch, tuple | list):
-        module(batch[0])
-    else:
-        module(batch)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: _moved(x, device) for k, x in batch.items()}
-    if isinstance(batch, tuple | list):
-        return [_moved(x, device) for x in batch]
-    return batch
+        return batchnorm.reestimate(module, batches)
+    except MeasureError as error:
+        raise NowcastError(str(error)) from error

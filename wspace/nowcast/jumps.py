@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from wspace.batchnorm import statistics
 from wspace.errors import NowcastError, message
 from wspace.nowcast.forecast import Forecast, predictable
-from wspace.nowcast.guard import Guard, measured, reestimate, statistics
+from wspace.nowcast.guard import Guard, measured, reestimate
 from wspace.nowcast.history import History
 from wspace.nowcast.kept import (
     Kept,
     copied_buffers,
-    drawn_again,
-    generators_of,
     put_buffers,
     together_with,
     write,
@@ -33,6 +32,7 @@ from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import Ranks, in_parts, innermost, like_part, own_part, reshard
 from wspace.nowcast.schedule import horizon_at
 from wspace.nowcast.settings import Jump, Settings
+from wspace.restore import drawn_again, generators_of
 from wspace.space import WeightSpace
 
 VERSION = 1

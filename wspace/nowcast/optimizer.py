@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from wspace.batchnorm import Batches
 from wspace.errors import NowcastError, message
-from wspace.nowcast.guard import Batches, Guard
+from wspace.nowcast.guard import Guard
 from wspace.nowcast.jumps import Jumps
 from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import Group

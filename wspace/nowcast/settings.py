@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch.optim import Optimizer
 
+from wspace.batchnorm import Batches
 from wspace.errors import NowcastError, message
 from wspace.nowcast.forecast import DTYPES
-from wspace.nowcast.guard import Batches, Guard
+from wspace.nowcast.guard import Guard
 from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import Group
 from wspace.nowcast.schedule import Decay, Horizon, horizon_at
