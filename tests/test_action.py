@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from cases import CASES, build
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wspace
-from wspace.action import Transform
+from wspace import action
+from wspace.action import State, Transform
 from wspace.errors import SpaceMismatch
 from wspace.space import Axis, Concat, Gauge, Group, Param, WeightSpace
 from wspace.testing import assert_group_action, assert_same
@@ -322,3 +324,32 @@ def test_the_global_generator_is_used_by_default(space: WeightSpace) -> None:
     assert not torch.equal(a.permutations["h1"], wspace.sample(space).permutations["h1"])
     torch.manual_seed(0)
     assert torch.equal(a.permutations["h1"], wspace.sample(space).permutations["h1"])
+
+
+# --------------------------------------------------------------------------- tensor by tensor
+
+
+class Watched(dict[str, Tensor]):
+    """A state that remembers which tensors were read."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.read: list[str] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.append(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_tensor_is_moved_as_in_the_whole(name: str) -> None:
+    module, args, kwargs = build(name)
+    space, kinds = wspace.trace(module, args, kwargs), ("permutation", "scale", "sign", "phase")
+    state = {p.name: torch.randn(p.shape, dtype=torch.float64) for p in space.params}
+    state |= {tie: state[p.name] for p in space.params for tie in p.ties} | {"other": torch.ones(2)}
+    t = wspace.sample(space, generator=torch.Generator().manual_seed(0), kinds=kinds)
+    whole = wspace.act(t, state, space)
+    for tensor in state:
+        watched = Watched(state)
+        assert_same(action.moved(t, tensor, watched, space), whole[tensor])
+        assert len(watched.read) == 1

@@ -135,14 +135,35 @@ def act(transform: Transform, state: State, space: WeightSpace) -> dict[str, Ten
         raise SpaceMismatch("act: the transform belongs to another weight space")
     space.validate(state)
     out = dict(state)
-    siblings = _siblings(space)
     for p in space.params:
-        source = siblings[p.name][transform.permutations] if p.at else p.name  # type: ignore[index]
-        moved = _move(transform, p, state[source])
+        value = moved(transform, p.name, state, space)
         for name in (p.name, *p.ties):
             if name in state:
-                out[name] = moved
+                out[name] = value
     return out
+
+
+def moved(transform: Transform, name: str, state: State, space: WeightSpace) -> Tensor:
+    """One tensor of ``act(transform, state, space)``, which reads no other than it needs.
+
+    So a state that does not fit into memory is moved tensor by tensor. Nothing is checked but the
+    name: ``space.validate(state)`` once is for the caller.
+
+    Args:
+        transform: Group element of `space`.
+        name: Of the tensor; a tied name will do.
+        state: Tensors by name, ``(*batch, *shape)``.
+        space: Weight space of the state.
+
+    Returns:
+        The tensor, ``(*batch, *shape)``; that of the state itself if nothing moves it.
+    """
+    p = space.by_name.get(name)
+    if p is None:
+        return state[name]
+    if not p.at:
+        return _move(transform, p, state[p.name])
+    return _move(transform, p, state[_siblings(space)[p.name][transform.permutations]])
 
 
 class _Family:
