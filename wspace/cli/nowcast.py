@@ -5,7 +5,6 @@ checkpoint is for an evaluation to say.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from wspace.cli import screen
 from wspace.cli.series import NOTE, Series, read_series
 from wspace.cli.subject import Subject, open_subject
+from wspace.cli.target import check_file, refuse_inputs, single_file
 from wspace.errors import CheckpointError, WSpaceError, message
-from wspace.io import Checkpoint, Layout, fit_checkpoint, save_checkpoint
+from wspace.io import Checkpoint, fit_checkpoint, save_checkpoint
 from wspace.io.layout import TORCH_SUFFIXES
 from wspace.nowcast import SHIPPED, Average, LinearFit, Predictor, load, load_published
 from wspace.nowcast.forecast import predictable
@@ -102,16 +102,15 @@ def nowcast_options(it: argparse.ArgumentParser) -> None:
 def nowcast(args: argparse.Namespace, out: Console) -> int:
     """Predicts from `args.checkpoints` and writes `args.out`."""
     target = Path(args.out)
-    _check_target(target, args)
+    check_file("nowcast", target, force=args.force, such="ahead.safetensors")
     predictor = _predictor(args)
     horizon = _horizon(args, predictor)
     count = predictor.context
     series = read_series(args.checkpoints, count, key=args.key, uneven=args.allow_uneven)
-    if any(target.exists() and _holds(path, target) for path in series.paths):
-        raise WSpaceError(message(f"nowcast: {target} is one of the checkpoints"))
+    refuse_inputs("nowcast", target, series.paths)
     found = _predicted(args, series, predictor, horizon)
     with screen.working(f"writing {target}"):
-        like = _layout(found.series.states[-1], target, _note(found))
+        like = single_file(found.series.states[-1], target, {NOTE: _note(found)})
         save_checkpoint(found.state, target, like=like)
     data = _plain(found, target)
     if args.json != "-":
@@ -124,25 +123,6 @@ def nowcast(args: argparse.Namespace, out: Console) -> int:
 
 
 # ---------------------------------------------------------------------- what to do
-
-
-def _check_target(target: Path, args: argparse.Namespace) -> None:
-    wrong, help = "", ""
-    if target.suffix != ".safetensors":
-        wrong, help = "does not end in .safetensors", "name a file such as ahead.safetensors"
-    elif not target.parent.is_dir():
-        wrong, help = "is in a folder that is not there", "create it"
-    elif target.is_dir():
-        wrong = "is a folder"
-    elif target.exists() and not args.force:
-        wrong, help = "is there already", "--force replaces it"
-    if wrong:
-        raise WSpaceError(message(f"nowcast: {target} {wrong}", help=help))
-
-
-def _holds(path: Path, target: Path) -> bool:
-    """Whether a file is a checkpoint, or one of the files in a checkpoint's folder."""
-    return target.resolve().is_relative_to(path.resolve())
 
 
 def _predictor(args: argparse.Namespace) -> Predictor:
@@ -288,28 +268,6 @@ def _wiring(args: argparse.Namespace, subject: Subject) -> str:
 
 
 # ------------------------------------------------------------------------- writing
-
-
-def _layout(last: Checkpoint, target: Path, note: dict[str, Any]) -> Layout:
-    """One safetensors file, with the names, ties and metadata of the last checkpoint."""
-    old = last.layout
-    again = {name for group in old.ties for name in group[1:]}
-    held = [name for name in old.shards if old.kind == "safetensors" or name not in again]
-    metadata: dict[str, str] = {"format": "pt"}
-    if old.kind == "safetensors":
-        for some in old.metadata.values():
-            metadata |= some
-    return Layout(
-        "safetensors",
-        target,
-        shards=dict.fromkeys(held, target.name),
-        metadata={target.name: metadata | {NOTE: json.dumps(note)}},
-        stored=old.stored,
-        prefix=old.prefix,
-        ties=old.ties,
-        implied=old.implied,
-        dtypes=old.dtypes,
-    )
 
 
 def _note(found: Nowcast) -> dict[str, Any]:

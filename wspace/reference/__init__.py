@@ -5,6 +5,7 @@ Nothing here touches the network. Only `py:` runs code that does not come from a
 """
 
 from wspace.reference.model import Model
+from wspace.reference.python import load_function
 from wspace.reference.schemes import resolve
 
-__all__ = ["Model", "resolve"]
+__all__ = ["Model", "load_function", "resolve"]

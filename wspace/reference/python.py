@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,25 +24,74 @@ RETURNS = "a module, (module, args), (module, args, kwargs) or a Model"
 
 def from_py(name: str, meta: bool, inputs: tuple[Any, ...] | None = None) -> Model:
     """Model that a factory returns, on inputs that are given where it gives none."""
+    with _named(name) as factory, building(f"py:{name}", meta):
+        model = _model(_call(factory, name), name, inputs)
+    return replace(model, args=_filled(model.args), kwargs=_filled(dict(model.kwargs)))
+
+
+def load_function(reference: str) -> Callable[..., Any]:
+    """The function that a `py:` reference names.
+
+    **This imports and runs that code.**
+
+    Args:
+        reference: `py:package.module:function` or `py:path/to/file.py:function`.
+
+    Returns:
+        The function; while it runs, modules beside its file can be imported.
+
+    Raises:
+        CheckpointError: If the reference names no function.
+
+    Example:
+        >>> load_function("py:math:sqrt")(9.0)
+        3.0
+    """
+    name = reference.removeprefix("py:")
+    if name == reference:
+        raise CheckpointError(
+            message(
+                "resolve: a function of your own is named by py:",
+                expected="py:package.module:function or py:path/to/file.py:function",
+                got=repr(reference),
+            )
+        )
+    with _named(name) as found:
+        if not callable(found):
+            got = type(found).__name__
+            raise CheckpointError(message(f"resolve: {reference} is no function", got=got))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _importable(_folder(name).resolve()):
+            return found(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _named(name: str) -> Generator[Any]:
+    """What a reference names; within the context, modules beside it can be imported."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         expected = "py:package.module:factory or py:path/to/file.py:factory"
         raise CheckpointError(
             message("resolve: no factory is named", expected=expected, got=f"py:{name}")
         )
-    folder = Path(place).parent if place.endswith(".py") else Path()
-    with _importable(folder.resolve()):
-        module = _import_file(Path(place)) if place.endswith(".py") else _import(place)
-        factory: Any = module
+    with _importable(_folder(name).resolve()):
+        found: Any = _import_file(Path(place)) if place.endswith(".py") else _import(place)
         for part in attribute.split("."):
-            if not hasattr(factory, part):
+            if not hasattr(found, part):
                 raise CheckpointError(
-                    message(f"resolve: {place} has no {part!r}", help=near(part, dir(factory)))
+                    message(f"resolve: {place} has no {part!r}", help=near(part, dir(found)))
                 )
-            factory = getattr(factory, part)
-        with building(f"py:{name}", meta):
-            model = _model(_call(factory, name), name, inputs)
-    return replace(model, args=_filled(model.args), kwargs=_filled(dict(model.kwargs)))
+            found = getattr(found, part)
+        yield found
+
+
+def _folder(name: str) -> Path:
+    """Folder of a file that a reference names; of a module the working directory."""
+    place = name.rpartition(":")[0]
+    return Path(place).parent if place.endswith(".py") else Path()
 
 
 def _filled(inputs: Any) -> Any:
