@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wspace.errors import CheckpointError, MissingExtra
-from wspace.reference import Model, resolve
+from wspace.reference import Model, load_function, resolve
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -485,3 +485,36 @@ def test_schemes() -> None:
     for reference in ("resnet18", "hf:", ""):
         with pytest.raises(CheckpointError, match="expected one of hf:"):
             resolve(reference)
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+
+def test_a_function_finds_what_is_beside_its_file(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_file.py").write_text("SEVEN = 7\n")
+    (tmp_path / "measure.py").write_text(
+        "def loss(module, scale=1):\n    from beside_the_file import SEVEN\n"
+        "    return SEVEN * scale * module\n\nnumber = 3\n"
+    )
+    before = list(sys.path)
+    loss = load_function(f"py:{tmp_path}/measure.py:loss")
+    assert loss(2) == 14 and loss(2, scale=3) == 42
+    assert sys.path == before
+    with pytest.raises(CheckpointError, match="number is no function"):
+        load_function(f"py:{tmp_path}/measure.py:number")
+    with pytest.raises(CheckpointError, match="did you mean 'loss'"):
+        load_function(f"py:{tmp_path}/measure.py:los")
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        ("measure.py:loss", "named by py:"),
+        ("py:measure", "no factory is named"),
+        ("py:nowhere.py:loss", "no file nowhere.py"),
+        ("py:no_such_package.inside:loss", "cannot be imported"),
+    ],
+)
+def test_what_names_no_function(reference: str, text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        load_function(reference)
