@@ -38,6 +38,10 @@ class NowcastError(WSpaceError, RuntimeError):
     """A state could not be predicted, or a prediction may not be used."""
 
 
+class MergeError(WSpaceError, ValueError):
+    """States cannot be combined: they do not agree, or the options make no sense."""
+
+
 class MeasureError(WSpaceError, RuntimeError):
     """A module could not be measured: a loss that is not a number, or no data."""
 
