@@ -146,6 +146,8 @@ def interpolated(
     Returns:
         ``(*batch, *shape)``, new memory.
     """
+    if t in {0, 1}:
+        return (b if t else a).to(a, copy=True)
     x, y = _working([a, b])
     out = _average([x, y], [1 - t, t]) if kind == "linear" else _spherical(x, y, t, batch)
     return _finished(out, a)
@@ -208,7 +210,7 @@ def _elected(xs: Sequence[Tensor], method: Method, batch: int) -> Tensor:
     for w, move in zip(weights, moves, strict=True):
         agrees = (move.sign() == sign) & (sign != 0)
         total = total + torch.where(agrees, w * move, 0.0)
-        weight = weight + w * agrees
+        weight = weight + w * agrees.to(weight)
     return total / weight.where(weight != 0, 1.0)
 
 
