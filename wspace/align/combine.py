@@ -126,6 +126,21 @@ def merged(
     return _finished(out, first)
 
 
+def check_kind(kind: str) -> None:
+    """Checks that there is such a line.
+
+    Args:
+        kind: As `interpolated` takes it.
+
+    Raises:
+        MergeError: If it is unknown.
+    """
+    if kind not in get_args(Kind):
+        raise MergeError(
+            message("interpolate: unknown kind", expected="linear or spherical", got=repr(kind))
+        )
+
+
 def interpolated(
     a: Tensor, b: Tensor, t: float, *, kind: Kind = "linear", batch: int = 0
 ) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wspace.action import State, Transform, moved
-from wspace.align.combine import Kind, Method, Name, interpolated, merged
+from wspace.align.combine import Kind, Method, Name, check_kind, interpolated, merged
 from wspace.errors import MergeError, message
 from wspace.io import LazyState
 from wspace.io.layout import tied_names
@@ -99,16 +99,13 @@ def interpolating(
     Raises:
         MergeError: If the two do not agree, or an option is unknown.
     """
-    if kind not in {"linear", "spherical"}:
-        raise MergeError(
-            message("interpolate: unknown kind", expected="linear or spherical", got=repr(kind))
-        )
+    check_kind(kind)
     several = not isinstance(t, float | int) and torch.as_tensor(t).dim() > 0
     places = torch.as_tensor(t, dtype=torch.float64).reshape(-1).tolist()
     if not torch.as_tensor(t).dim() <= 1:
         raise MergeError(message("interpolate: t has too many axes", expected="at most one"))
     states = [a, b]
-    _agree(states, space, "interpolate")
+    check_agreement(states, space, "interpolate")
     if space is not None:
         (move,) = _transforms([a, b], space, kinds, generator, many=False)[1:]
         states = [a, _Moved(move, b, space)]
@@ -116,7 +113,7 @@ def interpolating(
 
     def compute(name: str) -> Tensor:
         x = states[0][name]
-        if not _combines(x):
+        if not combines(x):
             return x.expand(len(places), *x.shape) if several else x
         y = states[1][name]
         found = [interpolated(x, y, place, kind=kind, batch=batch) for place in places]
@@ -226,7 +223,7 @@ def merging(
             )
         )
     everyone = [*states, *([] if base is None else [base])]
-    _agree(everyone, space, "merge")
+    check_agreement(everyone, space, "merge")
     ties, read = _ties(everyone, space), list[State](states)
     if space is not None and align:
         frame = [] if base is None else [base]
@@ -235,7 +232,7 @@ def merging(
     batch = _batch(states[0], space)
 
     def compute(name: str) -> Tensor:
-        if not _combines(states[0][name]):
+        if not combines(states[0][name]):
             return states[0][name]
         origin = None if base is None else base[name]
         return merged([x[name] for x in read], how, origin, batch=batch)
@@ -286,7 +283,8 @@ def _whole(state: LazyState) -> dict[str, Tensor]:
     return {name: out[name] for name in state}
 
 
-def _combines(x: Tensor) -> bool:
+def combines(x: Tensor) -> bool:
+    """True for a tensor that is averaged, False for one that is taken from the first state."""
     return x.is_floating_point() or x.is_complex()
 
 
@@ -313,7 +311,7 @@ def _ties(states: Sequence[State], space: WeightSpace | None) -> list[list[str]]
     return [g for g in (*groups, *found.values()) if len(g) > 1]
 
 
-def _agree(states: Sequence[State], space: WeightSpace | None, verb: str) -> None:
+def check_agreement(states: Sequence[State], space: WeightSpace | None, verb: str) -> None:
     """Checks that the states can be combined.
 
     Args:
@@ -345,16 +343,16 @@ def _differs(first: State, other: State, number: int) -> Iterator[str]:
     """How a state differs from the first in more than values, one text for each name."""
     for name, x in first.items():
         if name not in other:
-            if _combines(x):
+            if combines(x):
                 yield f"{name!r} in state 1, not in state {number}"
             continue
         y = other[name]
         if x.shape != y.shape:
             yield f"{name!r} of {tuple(x.shape)} in state 1, {tuple(y.shape)} in state {number}"
-        elif (x.is_complex(), _combines(x)) != (y.is_complex(), _combines(y)):
+        elif (x.is_complex(), combines(x)) != (y.is_complex(), combines(y)):
             yield f"{name!r} of {x.dtype} in state 1, {y.dtype} in state {number}"
-        elif not _combines(x) and x.numel() > 1 and not torch.equal(x, y.to(x.device)):
+        elif not combines(x) and x.numel() > 1 and not torch.equal(x, y.to(x.device)):
             yield f"{name!r} of {x.dtype}, other values in state {number} than in state 1"
     for name, y in other.items():
-        if name not in first and _combines(y):
+        if name not in first and combines(y):
             yield f"{name!r} in state {number}, not in state 1"
