@@ -68,14 +68,8 @@ def trace(
                 help="there is no weight space to describe",
             )
         )
-    families = find_families(program)
-    while True:
-        solver = Solver()
-        opaque = solve(solver, program, on_unknown, families)
-        naming = Naming(solver, program.params, families)
-        if not naming.rejected:
-            break
-        families = [f for f in families if f not in naming.rejected]
+    naming, opaque = named(program, on_unknown)
+    solver = naming.s
     buffers = {name for name, _ in persistent_float_buffers(module)}
     build_params(naming, program, buffers, {})  # names groups in the order of the parameters
     gauges = derive_gauges(naming, program)
@@ -88,6 +82,18 @@ def trace(
         extra=naming.extra(),
         wiring=Wiring.later(lambda: wire(program, solver, naming)),
     )
+
+
+def named(program: Program, on_unknown: str = "freeze") -> tuple[Naming, list[Opaque]]:
+    """The groups of a program, with axes for each of its values, and operators without a rule."""
+    families = find_families(program)
+    while True:
+        solver = Solver()
+        opaque = solve(solver, program, on_unknown, families)
+        naming = Naming(solver, program.params, families)
+        if not naming.rejected:
+            return naming, opaque
+        families = [f for f in families if f not in naming.rejected]
 
 
 def solve(

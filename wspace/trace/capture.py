@@ -44,6 +44,8 @@ from wspace.trace.sandbox import (
     without_onednn,
 )
 
+Watch = Callable[[int, Call, list[Tensor]], None]
+"""What is called after each operator of a run on real weights."""
 _TORCH_DIR = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 _FACTORIES = frozenset(
@@ -113,6 +115,29 @@ def capture(
     return program
 
 
+def watched(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    known: Callable[[str, OpOverload], bool],
+    watch: Watch | None = None,
+) -> Program:
+    """Program of an evaluation-mode forward pass on real weights, its results shown as they come.
+
+    Args:
+        module: Module with real parameters; left as it was.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        known: Tells whether an operator has a rule.
+        watch: Called after each recorded operator with its number, its record and the tensors it
+            made. They are the module's own: to be read at once, and not to be kept or written to.
+
+    Returns:
+        The recorded program, which holds no activation.
+    """
+    return _run(module, args, kwargs, known, abstract=False, watch=watch)
+
+
 def _run(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -121,6 +146,7 @@ def _run(
     *,
     abstract: bool = True,
     shaped: bool = False,
+    watch: Watch | None = None,
 ) -> Program:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
@@ -130,7 +156,7 @@ def _run(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(without_onednn())
         stack.enter_context(dense_experts(module))
-        recorder = _Recorder(module, known, abstract=abstract)
+        recorder = _Recorder(module, known, abstract=abstract, watch=watch)
         stack.enter_context(state_restored(module, values=not abstract))
         leaves, spec = tree_flatten((args, dict(kwargs)))
         leaves = [
@@ -161,10 +187,16 @@ class _Recorder(TorchDispatchMode):
     """Dispatch mode that runs each operator (shaped or for real) and records the active ones."""
 
     def __init__(
-        self, module: nn.Module, known: Callable[[str, OpOverload], bool], *, abstract: bool
+        self,
+        module: nn.Module,
+        known: Callable[[str, OpOverload], bool],
+        *,
+        abstract: bool,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.abstract = abstract
+        self.watch = watch
         self.known = known
         self.program = Program()
         self._keep: list[Tensor] = []  # real tensors whose id or storage is a key below
@@ -302,7 +334,7 @@ class _Recorder(TorchDispatchMode):
                 device = "meta"
             else:
                 device = "cpu"
-            if kwargs.get("device") is not None:
+            if self.abstract and kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": torch.device(device)}
             return self._mark(func(*args, **kwargs), kind)
         has_rule = self.known(name, func)
@@ -333,12 +365,14 @@ class _Recorder(TorchDispatchMode):
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": torch.device("meta")}
         out = self._run_meta(func, args, kwargs) if self.abstract else func(*args, **kwargs)
-        made = out if isinstance(out, list | tuple) else (out,)
-        outs = [self._output(t) for t in made if isinstance(t, Tensor)]
+        made = [t for t in _leaves((out,), {}) if isinstance(t, Tensor)]
+        outs = [self._output(t) for t in made]
         call = Call(func, name, recorded[0], recorded[1], ins, outs, inplace)
         if not has_rule:
             call.source = _source()
         self.program.calls.append(call)
+        if self.watch is not None:
+            self.watch(len(self.program.calls) - 1, call, made)
         if isinstance(target, Tensor) and target is not out:
             self._assign(target, outs[0])
             return target

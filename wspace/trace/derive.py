@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from wspace.space import Axis, Concat, Gauge, Group, Param, Role
 from wspace.trace.families import Family
-from wspace.trace.program import Program, Value
+from wspace.trace.program import Call, Program, Value
 from wspace.trace.solve import Axis as Atoms
 from wspace.trace.solve import Solver
 
@@ -33,6 +33,7 @@ class Naming:
         self._alias: dict[int, int] = {}
         self._merged: dict[int, int] = {}
         self._leading: set[int] = set()
+        self._branches: dict[int, tuple[int, int]] = {}
         self.rejected = [f for f in families if not self._join(f)]
         self._merge_unsplit()
         self._names: dict[int, Group] = {}
@@ -97,6 +98,7 @@ class Naming:
             for a in atoms_of(tree)
         }
         alias: dict[int, int] = {}
+        branches: dict[int, tuple[int, int]] = {}
         for k in range(1, family.size):
             pairs: dict[int, int] = {}
             for ps in family.params:
@@ -106,6 +108,8 @@ class Naming:
             if len(set(pairs.values())) < len(pairs) or set(pairs.values()) & set(alias):
                 return False
             alias |= {b: a for a, b in pairs.items() if a != b}
+            branches |= {b: (index, k) for a, b in pairs.items() if a != b}
+        self._branches |= branches | {a: (index, 0) for a in alias.values()}
         self._commit(family, index, alias)
         return True
 
@@ -168,6 +172,35 @@ class Naming:
                 break
             atom = self._merged[atom]
         return atom
+
+    def branch(self, atom: int) -> tuple[int, int] | None:
+        """For an atom private to one branch of a family: the atom of the branches, and which."""
+        return self._branches.get(atom)
+
+    def slot_read(self, call: Call) -> tuple[str, int] | None:
+        """Index group and index at which a branch reads a shared value, if the call does that."""
+        for family, _, _ in self._slots.values():
+            for i, read in enumerate(family.reads):
+                if read is call:
+                    return self.group(self._indices[id(family)]).name, i % family.size
+        return None
+
+    def owner(self, atom: int) -> int | None:
+        """The atom of the group that moves this one: of the first branch, of a joint factor."""
+        top = self._alias.get(atom, atom)
+        while top in self._merged:
+            top = self._merged[top]
+        return top if top in self.over or top in self._fixed_index else None
+
+    def unit(self, atom: int) -> int:
+        """The atom in whose place this one stands in its branch: the first branch's."""
+        return self._alias.get(atom, atom)
+
+    def units(self, owner: int) -> tuple[int, ...]:
+        """Atoms that tensors have in the place of a group's, slowest first: several if merged."""
+        halves = [a for a, joint in self._merged.items() if joint == owner]
+        halves.sort(key=lambda a: a not in self._leading)
+        return tuple(b for a in halves for b in self.units(a)) or (owner,)
 
     def copies(self, value: Value, atom: int) -> tuple[str, ...]:
         """Names of a parameter and, for a group private to a family, of its other slices."""
