@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from wspace import trace
-from wspace.cli.screen import working
+from wspace.cli.screen import plural, working
 from wspace.cli.subject import example, is_reference
 from wspace.errors import CheckpointError, TraceError, WSpaceError, message
 from wspace.io import Checkpoint, fit_checkpoint, load_checkpoint, module_from_checkpoint
@@ -47,6 +47,12 @@ class Networks:
     code: str
     build: Callable[[], "Runnable"]
     seconds: float
+
+    @property
+    def summary(self) -> str:
+        """The space in a few words."""
+        groups = plural(len(self.space.groups), "group")
+        return f"{groups}, which move {100 * self.space.coverage:.1f}% of the elements"
 
     @property
     def size(self) -> int:
@@ -90,7 +96,7 @@ def open_networks(
             all that do not fit are listed.
     """
     paths = _paths(verb, names)
-    weights = _read(verb, paths, key)
+    weights = _read(names, paths, key)
     given = tuple(example(text) for text in inputs) or None
     folder = next((path for path in paths if (path / "config.json").is_file()), None)
     if not model and folder is not None:
@@ -141,15 +147,18 @@ def change_of_function(
     """
     outputs: list[list[Tensor]] = []
     args, kwargs = _double((found.args, dict(found.kwargs)))
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), double_precision():
-        module = found.module.double().eval()
-        with dense_experts(module):
-            for state in (before, after):
-                set_state(module, state)
-                torch.manual_seed(0)
-                with attributes_restored(module):
-                    result = module(*args, **kwargs)
-                outputs.append([x.detach().clone() for x in tensors_in(result)])
+    module = found.module.double().eval()
+    for state in (before, after):
+        set_state(module, state)
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            double_precision(),
+            dense_experts(module),
+            attributes_restored(module),
+        ):
+            torch.manual_seed(0)
+            outputs.append([x.detach().clone() for x in tensors_in(module(*args, **kwargs))])
     return difference(*outputs)
 
 
@@ -161,26 +170,34 @@ def _double(inputs: Any) -> Any:
 
 
 def _paths(verb: str, names: Sequence[str]) -> tuple[Path, ...]:
+    """Paths of checkpoints; ``hf:folder`` is that folder."""
     bad = [
         f"{name}, which names code" if is_reference(name) else f"{name}, which is not there"
         for name in names
-        if not Path(name).exists()
+        if not Path(name.removeprefix("hf:")).exists()
     ]
+    bad += [f"{name}, which is a configuration" for name in names if name.endswith(".json")
+            and name.startswith("hf:")]  # fmt: skip
     if bad:
         help = "pass files or folders of weights; --model names code; nothing is ever downloaded"
         raise CheckpointError(
             message(f"{verb}: no checkpoint", expected="paths", got=bad, help=help)
         )
-    return tuple(map(Path, names))
+    return tuple(Path(name.removeprefix("hf:")) for name in names)
 
 
-def _read(verb: str, paths: Sequence[Path], key: str | None) -> list[Checkpoint]:
+def _read(names: Sequence[str], paths: Sequence[Path], key: str | None) -> list[Checkpoint]:
+    """The checkpoints; those named ``hf:folder`` as transformers rearranges them."""
     weights: list[Checkpoint] = []
     problems: list[str] = []
-    for path in paths:
+    for name, path in zip(names, paths, strict=True):
         with working(f"reading {path}"):
             try:
-                weights.append(load_checkpoint(path, key=key))
+                if name.startswith("hf:"):
+                    found = resolve(name, weights=True, meta=True).checkpoint
+                    weights += [found] if isinstance(found, Checkpoint) else []
+                else:
+                    weights.append(load_checkpoint(path, key=key))
             except CheckpointError as error:
                 problems.append(str(error))
     if problems:
