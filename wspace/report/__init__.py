@@ -1,11 +1,13 @@
-"""Pictures and pages: a weight space or a parameter graph as a figure, results as one HTML file.
+"""Pictures and pages: spaces, parameter graphs, losses and many models as figures; HTML files.
 
 Nothing here prints, and nothing touches matplotlib's global state. A figure is drawn for a path
 and its suffix says the format; a page holds everything it shows, so it can be sent as one file.
 """
 
 from wspace.report.graph import plot_graph
+from wspace.report.losses import plot_losses
+from wspace.report.models import plot_models
 from wspace.report.page import Report
 from wspace.report.space import plot_space
 
-__all__ = ["Report", "plot_graph", "plot_space"]
+__all__ = ["Report", "plot_graph", "plot_losses", "plot_models", "plot_space"]
