@@ -61,7 +61,7 @@ class Observer:
         *,
         groups: Iterable[str] | None = None,
         kinds: Sequence[str] = (CONTRACTION, NONLINEARITY),
-        most: int | None = 8,
+        most: int | None = 4,
     ) -> None:
         """See `observe` for the options.
 
@@ -185,7 +185,7 @@ class Observer:
 
 def _choose(sites: Sequence[Site], kinds: Sequence[str], most: int | None) -> list[Site]:
     """The sites to read of one group: see `observe`."""
-    clear = [s for s in sites if not s.reduced] or list(sites)
+    clear = [s for s in sites if not s.beside] or list(sites)
     wanted = [s for s in clear if s.kind in kinds]
     for kind in KINDS:
         wanted = wanted or [s for s in clear if s.kind == kind]
@@ -272,7 +272,7 @@ def observe(
     *,
     groups: Iterable[str] | None = None,
     kinds: Sequence[str] = (CONTRACTION, NONLINEARITY),
-    most: int | None = 8,
+    most: int | None = 4,
 ) -> Observation:
     """Activations of a module on some inputs, by the group whose units they show.
 
@@ -299,7 +299,7 @@ def observe(
         TraceError: If the module cannot be run.
 
     Example:
-        >>> import wspace
+        >>> import torch, wspace
         >>> mlp = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
         >>> space = wspace.trace(mlp, torch.zeros(1, 3))
         >>> seen = observe(space, mlp, torch.randn(7, 3))

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ class Site:
         label: Parameter that leads here and the operator, for reading.
         places: Where: one, or one for every index of the family that the group depends on.
         family: Position in ``over`` of the group that indexes `places`; -1 if it is one place.
+        beside: Other groups that stand beside it, over which the mean is taken.
     """
 
     group: str
@@ -109,11 +111,7 @@ class Site:
     label: str
     places: tuple[Place, ...]
     family: int = -1
-
-    @property
-    def reduced(self) -> bool:
-        """True if other groups stand beside this one, so that only the mean over them is seen."""
-        return any(p.others for p in self.places)
+    beside: tuple[str, ...] = ()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Features ``(samples, *over, size)`` from those of every place."""
@@ -152,16 +150,16 @@ def find_sites(
         for k, value in enumerate(call.outs):
             if not (value.dtype.is_floating_point or value.dtype.is_complex):
                 continue
-            for name, place, family, branch, still in search.sites(i, k, value):
-                here = {(space.all_groups[name].over[family], branch)} if family >= 0 else set()
-                if partly - here:
+            for one in search.sites(i, k, value):
+                over = space.all_groups[one.group].over
+                if partly - ({(over[one.family], one.branch)} if one.family >= 0 else set()):
                     continue  # it stands for one branch of a family, or a sum of a few
-                site = Site(name, kind, labels.of(call), (place,), family)
-                if family < 0:
+                site = Site(one.group, kind, labels.of(call), (one.place,), one.family, one.beside)
+                if one.family < 0:
                     found.append(site)
                 else:
-                    rows = branches.setdefault((name, family), {})
-                    rows.setdefault(branch, []).append((site, still))
+                    rows = branches.setdefault((one.group, one.family), {})
+                    rows.setdefault(one.branch, []).append((site, one.still))
     for (name, family), rows in branches.items():
         group = space.all_groups[space.all_groups[name].over[family]]
         found += _joined(rows, group.size)
@@ -177,8 +175,8 @@ def _joined(rows: Mapping[int, list[tuple[Site, tuple[int, ...]]]], size: int) -
     for column in zip(*(rows[k] for k in range(size)), strict=True):
         first = column[0]
         if all(
-            (s.kind, s.reduced, still, s.places[0].sizes)
-            == (first[0].kind, first[0].reduced, first[1], first[0].places[0].sizes)
+            (s.kind, s.beside, still, s.places[0].sizes)
+            == (first[0].kind, first[0].beside, first[1], first[0].places[0].sizes)
             for s, still in column
         ):
             yield replace(first[0], places=tuple(s.places[0] for s, _ in column))
@@ -255,6 +253,17 @@ class _View:
     steps: tuple[_Step, ...]
 
 
+class _Found(NamedTuple):
+    """A group in a value, with the branch it is private to, and the atoms of its samples."""
+
+    group: str
+    place: Place
+    family: int
+    branch: int
+    still: tuple[int, ...]
+    beside: tuple[str, ...]
+
+
 class _Search:
     """Finds sites in single values."""
 
@@ -267,13 +276,11 @@ class _Search:
         owner = self.naming.owner(atom)
         return None if owner is None else self.names.get(self.naming.group(owner).name)
 
-    def sites(
-        self, call: int, output: int, value: Value
-    ) -> Iterator[tuple[str, Place, int, int, tuple[int, ...]]]:
+    def sites(self, call: int, output: int, value: Value) -> "Iterator[_Found]":
         """Groups in a value.
 
         Yields:
-            Name, place, position in ``over`` of the family (or -1), branch, atoms of the samples.
+            The group and its place, for every group in every part of the value.
         """
         for view in _views(self.s, value):
             if any(self.s.cases(a) is not None for a in view.atoms):
@@ -285,7 +292,7 @@ class _Search:
 
     def _site(
         self, name: str, at: tuple[int, int], view: _View, names: list[str | None]
-    ) -> Iterator[tuple[str, Place, int, int, tuple[int, ...]]]:
+    ) -> "Iterator[_Found]":
         group = self.space.all_groups[name]
         units = self._factors(name, view, names)
         branch = {self.naming.branch(view.atoms[d]) for d in units or ()}
@@ -316,7 +323,14 @@ class _Search:
             units,
             tuple(others),
         )
-        yield name, place, family, slot[1] if slot else 0, tuple(view.atoms[d] for d in samples)
+        yield _Found(
+            name,
+            place,
+            family,
+            slot[1] if slot else 0,
+            tuple(view.atoms[d] for d in samples),
+            tuple(dict.fromkeys(n for d in others if (n := names[d]))),
+        )
 
     def _factors(self, name: str, view: _View, names: list[str | None]) -> tuple[int, ...] | None:
         """Dimensions of a group's atoms in their order; None unless each is there just once."""
