@@ -1,0 +1,424 @@
+"""Coordinate ascent: one group at a time, all others held, until no group gains."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wspace.align.assign import Ask, Shift, Similarity
+from wspace.align.blocks import Block, Moves
+from wspace.align.pieces import Slot
+from wspace.align.quadratic import quadratic
+from wspace.align.together import Inner, Part, inner_slots, matched, parts_of, values
+
+SAFETY = 4.0
+"""A gain must exceed so many times what rounding may leave."""
+Blocks = Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """What may move.
+
+    Attributes:
+        sizes: Group → units, of every group that may move in some way.
+        over: Group → groups on which its permutation depends.
+        permuted: Groups that may be permuted.
+        gauges: Sign and phase gauges that may be used → their group.
+        phases: Which of them are phases.
+    """
+
+    sizes: Mapping[str, int]
+    over: Mapping[str, tuple[str, ...]]
+    permuted: frozenset[str]
+    gauges: Mapping[int, str]
+    phases: frozenset[int]
+
+    @cached_property
+    def dependants(self) -> dict[str, tuple[str, ...]]:
+        """Group → groups whose permutation depends on it, those they depend on first."""
+        order = sorted(self.sizes, key=lambda g: len(self.over[g]))
+        return {g: tuple(d for d in order if g in self.over[d]) for g in self.sizes}
+
+    def within(self, given: Sequence[str], groups: Sequence[str]) -> "Symmetry":
+        """What is left of some groups once others are given."""
+        return Symmetry(
+            sizes={g: self.sizes[g] for g in groups},
+            over={g: tuple(o for o in self.over[g] if o not in given) for g in groups},
+            permuted=self.permuted & {*groups},
+            gauges={i: g for i, g in self.gauges.items() if g in groups},
+            phases=self.phases & {i for i, g in self.gauges.items() if g in groups},
+        )
+
+
+class Ascent:
+    """The state of an ascent, and its steps; many pairs of states at once, one for each row.
+
+    Args:
+        blocks: Pieces of both states.
+        symmetry: What may move.
+        extent: Group → units, of every group on which another depends.
+        rows: Number of rows.
+        device: Where the tensors are.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        symmetry: Symmetry,
+        extent: Mapping[str, int],
+        rows: int,
+        device: torch.device,
+    ) -> None:
+        self.symmetry, self.extent, self.rows, self.device = symmetry, extent, rows, device
+        free = {*symmetry.sizes}
+        self.blocks = [b for b in blocks if any(s.group in free for s in b.slots)]
+        self.of = {g: [b for b in self.blocks if b.places(g)] for g in symmetry.sizes}
+        self.gain = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.moves = Moves(symmetry.over, symmetry.phases)
+        for g in symmetry.permuted:
+            shape = self.shape(g)
+            self.moves.permutations[g] = torch.arange(shape[-1], device=device).expand(shape)
+        for i, g in symmetry.gauges.items():
+            neutral = 0.0 if i in symmetry.phases else 1.0
+            self.moves.factors[i] = torch.full(
+                self.shape(g), neutral, dtype=torch.float64, device=device
+            )
+
+    def shape(self, group: str) -> tuple[int, ...]:
+        """Shape of one number for each unit of a group, ``(rows, *over, size)``."""
+        over = (self.extent[o] for o in self.symmetry.over[group])
+        return (self.rows, *over, self.symmetry.sizes[group])
+
+    # ------------------------------------------------------------------ units
+
+    @cached_property
+    def units(self) -> list[tuple[str, ...]]:
+        """Groups that are moved in one step: one, and those that depend on it."""
+        s = self.symmetry
+        roots = [g for g in s.sizes if not any(o in s.permuted for o in s.over[g])]
+        return [(g, *(s.dependants[g] if g in s.permuted else ())) for g in roots]
+
+    @cached_property
+    def neighbours(self) -> list[set[int]]:
+        """Unit → units that it meets in a block."""
+        found: list[set[int]] = [set() for _ in self.units]
+        inside = {g: [i for i, unit in enumerate(self.units) if g in unit] for g in self.of}
+        for block in self.blocks:
+            here = {i for s in block.slots for i in inside.get(s.group, ())}
+            for i in here:
+                found[i] |= here - {i}
+        return found
+
+    def settle(self) -> Ask:
+        """Steps until no unit gains, one after another.
+
+        Yields:
+            Costs of linear assignments.
+        """
+        dirty = [True] * len(self.units)
+        while any(dirty):
+            i = dirty.index(True)
+            gained = yield from self.unit_step(self.units[i])
+            dirty[i] = bool(gained.any()) and not self.exact(self.units[i])
+            if bool(gained.any()):
+                for j in self.neighbours[i]:
+                    dirty[j] = True
+
+    def exact(self, unit: Sequence[str]) -> bool:
+        """True if a step finds the best of a unit, all else held."""
+        single = all(len(b.places(g)) == 1 for g in unit for b in self.of[g])
+        return single and (len(unit) == 1 or all(c.exact for c in self.parts(unit[0])))
+
+    def unit_step(self, unit: Sequence[str], blocks: Blocks | None = None) -> Ask:
+        """Moves a group and those that depend on it, where the objective gains.
+
+        Args:
+            unit: The groups, that on which the others depend first.
+            blocks: What counts; everything when None.
+
+        Yields:
+            Costs of linear assignments.
+
+        Returns:
+            True for each row that gained, ``(rows,)``.
+        """
+        gained = yield from self._step(unit[0], blocks)
+        if not self.exact(unit):
+            for g in unit[1:]:
+                gained = (yield from self._step(g, blocks)) | gained
+        return gained
+
+    def _step(self, g: str, blocks: Blocks | None) -> Ask:
+        here = self.of[g] if blocks is None else [b for b in self.of[g] if b in blocks]
+        if not here:
+            return torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+        s = self.symmetry
+        if any(len(b.places(g)) > 1 for b in here):
+            gain = yield from self._rearranged(g, here)
+        elif g in s.permuted and s.dependants[g]:
+            gain = yield from self._together(g, here)
+        else:
+            return self._accepted((yield from self._alone(g, here)))
+        return self._accepted(gain) | self._accepted(self._signs(g, here))
+
+    def _accepted(self, gain: Tensor) -> Tensor:
+        gain = gain.reshape(self.rows, -1).sum(1)
+        self.gain += gain
+        return gain > 0
+
+    def _least(self, here: Blocks) -> Tensor:
+        """The least gain that is not rounding, for each row."""
+        return SAFETY * torch.stack([b.error for b in here]).sum(0)
+
+    def _contexts(self, g: str, x: Tensor) -> Tensor:
+        """One number for each row, for every context of a group: ``(rows * contexts,)``."""
+        return x.repeat_interleave(max(1, self.of_contexts(g)))
+
+    def of_contexts(self, g: str) -> int:
+        """Number of permutations that a group has in each row."""
+        n = 1
+        for o in self.symmetry.over[g]:
+            n *= self.extent[o]
+        return n
+
+    # ------------------------------------------------------------------ reading
+
+    def read(
+        self, block: Block, g: str, *, skip: Sequence[str], keep: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """A block with a group's slots in front and its contexts among the rows.
+
+        Args:
+            block: The block.
+            g: The group.
+            skip: Groups by which B is not moved.
+            keep: Positions of slots that stay axes.
+
+        Returns:
+            A and B, ``(rows * contexts, *slots of g, *kept, rest)``.
+        """
+        a, b = block.load()
+        b = self.moves.apply(block.slots, b, frozenset(skip))
+        own = block.places(g)
+        over = block.slots[own[0]].over
+        front = [0, *(1 + k for k in (*over, *own, *keep))]
+        order = [*front, *(d for d in range(a.dim()) if d not in front)]
+        rows = self.rows * self.of_contexts(g)
+        shape = (rows, *(a.shape[d] for d in front[1 + len(over) :]), -1)
+        if a.numel() == 0:
+            shape = (*shape[:-1], 0)
+        return a.permute(order).reshape(shape), b.permute(order).reshape(shape)
+
+    def _key(self, slot: Slot) -> tuple[int, ...]:
+        return tuple(sorted(i for i, e in slot.exponents if e % 2 and i in self.symmetry.gauges))
+
+    # ------------------------------------------------------------------ a group alone
+
+    def _alone(self, g: str, here: Blocks) -> Ask:
+        """Best permutation, signs and phases of a group that is in every block once."""
+        rows, n = self.rows * self.of_contexts(g), self.symmetry.sizes[g]
+        gauges = [i for i, name in self.symmetry.gauges.items() if name == g]
+        current = {i: self.moves.factors[i].reshape(rows, n) for i in gauges}
+        least = self._contexts(g, self._least(here))
+        if g in self.symmetry.permuted:
+            p = self.moves.permutations[g].reshape(rows, n)
+            table = self._similarity(g, here)
+            q = yield table.best()
+            old, pairs = table.chosen(p), table.chosen(q)
+        else:
+            p = q = torch.arange(n, device=self.device).expand(rows, n)
+            old = pairs = self._similarity(g, here, pairs=True)
+        new, factors = pairs.choice()
+        gain = (new - old.value(current)).sum(-1)
+        good = gain > least
+        if g in self.symmetry.permuted:
+            self.moves.permutations[g] = torch.where(good[:, None], q, p).reshape(self.shape(g))
+        for i in gauges:
+            if i in factors:
+                both = torch.where(good[:, None], factors[i], current[i])
+                self.moves.factors[i] = both.reshape(self.shape(g))
+        return torch.where(good, gain, 0.0)
+
+    def _similarity(self, g: str, here: Blocks, *, pairs: bool = False) -> Similarity:
+        """Of units of A with units of B: all, ``(rows * contexts, n, n)``, or those in one place."""
+        out = Similarity()
+        for block in here:
+            a, b = self.read(block, g, skip=(g,))
+            slot = block.slots[block.places(g)[0]]
+            out.add(self._key(slot), (a.double() * b).sum(-1) if pairs else a @ b.mT)
+            for i, amount in slot.shifts:
+                if i in self.symmetry.phases:
+                    x, y = a.double().sum(-1), b.double().sum(-1)
+                    x, y = (x, y) if pairs else (x[:, :, None], y[:, None])
+                    out.shifts.append(Shift(self._key(slot), i, amount, a.shape[-1], x, y))
+        return out
+
+    # ------------------------------------------------------ a group and its dependants
+
+    def parts(self, g: str) -> list[Part]:
+        """What depends on a group, apart where nothing joins it."""
+        return parts_of(g, self.symmetry, self.of[g], self.extent)
+
+    def _together(self, g: str, here: Blocks) -> Ask:
+        """Best permutation of a group, each pair of its units with the best of all within them."""
+        s = self.symmetry
+        family = (g, *s.dependants[g])
+        n, contexts = s.sizes[g], self.of_contexts(g)
+        parts = self.parts(g)
+        inner = [self._inner(block, g, family) for block in here]
+        # all pairs of units
+        table = torch.zeros(self.rows * contexts, n, n, dtype=torch.float64, device=self.device)
+        for item in inner:
+            if not item.slots:
+                table += item.a @ item.b.mT
+        for part in parts:
+            yield from values(part, inner, self.extent, table)
+        q = yield table
+        old = self._now(g, here)
+        gain = table.gather(-1, q[..., None]).sum((1, 2)) - old
+        good = gain > self._contexts(g, self._least(here))
+        if not bool(good.any()):
+            return torch.zeros_like(gain)
+        for part in parts:
+            found = yield from matched(part, inner, self.extent, q)
+            for name, x in found.permutations.items():
+                self._put(g, name, self.moves.permutations, name, x, good)
+            for i, x in found.factors.items():
+                self._put(g, s.gauges[i], self.moves.factors, i, x, good)
+        self._put(g, g, self.moves.permutations, g, q, good)
+        return torch.where(good, self._now(g, here) - old, 0.0)
+
+    def _inner(self, block: Block, g: str, family: Sequence[str]) -> Inner:
+        """A block as its units' contents: A and B ``(rows * contexts, n, *slots, rest)``."""
+        own = block.places(g)[0]
+        keep, slots = inner_slots(block, g, family)
+        a, b = self.read(block, g, skip=family, keep=keep)
+        for i, exponent in block.slots[own].exponents:
+            if exponent % 2 and i in self.moves.factors:  # B's sign is read where it comes to
+                sign = self.moves.factors[i].reshape(a.shape[:2])
+                a = a * sign.reshape(*sign.shape, *[1] * (a.dim() - 2)).to(a.dtype)
+        return Inner(slots, a, b)
+
+    def _now(self, g: str, here: Blocks) -> Tensor:
+        """Inner product as things stand, for each row and context of a group."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for block in here:
+            a, b = self.read(block, g, skip=())
+            total = total + (a.double() * b).flatten(1).sum(1)
+        return total
+
+    def _put(
+        self, g: str, name: str, where: dict[Any, Tensor], key: Any, x: Tensor, good: Tensor
+    ) -> None:
+        """Writes what was found in every context of `g` to where it belongs, in good rows.
+
+        `x` is ``(rows * contexts [* n], *what is left of over, size)``.
+        """
+        s = self.symmetry
+        outer = [*s.over[g], g] if name != g else [*s.over[g]]
+        left = [o for o in s.over[name] if o not in outer]
+        sizes = [*(self.extent[o] for o in outer), *(self.extent[o] for o in left)]
+        x = x.reshape(self.rows, *sizes, s.sizes[name])
+        order = [(*outer, *left).index(o) for o in s.over[name]]
+        x = x.permute(0, *(1 + k for k in order), -1)
+        mask = good.reshape(self.rows, *(self.extent[o] for o in s.over[g]))
+        places = [s.over[name].index(o) for o in s.over[g]]
+        shape = [self.rows, *[1] * len(s.over[name]), 1]
+        for place in places:
+            shape[1 + place] = self.extent[s.over[name][place]]
+        turn = sorted(range(len(places)), key=places.__getitem__)
+        mask = mask.permute(0, *(1 + k for k in turn)).reshape(shape)
+        where[key] = torch.where(mask, x, where[key])
+
+    # ------------------------------------------------------------ rearrangements, signs
+
+    def _rearranged(self, g: str, here: Blocks) -> Ask:
+        """A better permutation of a group that some block has twice; its dependants ride along."""
+        n = self.symmetry.sizes[g]
+        rows = self.rows * self.of_contexts(g)
+        none = torch.zeros(rows, dtype=torch.float64, device=self.device)
+        if g not in self.symmetry.permuted:
+            return none
+        before = self.total(here)
+        if any(_crossed(block, g) for block in here):
+            by = yield self._slopes(g, here)
+        else:
+            linear = torch.zeros(rows, n, n, dtype=torch.float64, device=self.device)
+            pairs: list[tuple[Tensor, Tensor]] = []
+            for block in here:
+                a, b = self.read(block, g, skip=())
+                if len(block.places(g)) == 1:
+                    linear += a @ b.mT
+                else:
+                    pairs.append((a, b))
+            by, gain = yield from quadratic(linear, pairs)
+            still = torch.arange(n, device=self.device)
+            by = torch.where((gain > self._contexts(g, self._least(here)))[:, None], by, still)
+        kept = self.moves.permutations.copy(), self.moves.factors.copy()
+        by = by.reshape(self.shape(g))
+        self.moves.ride(g, by, self.symmetry.dependants[g], self.symmetry.gauges)
+        gain = self.total(here) - before
+        good = gain > self._least(here)
+        for now, old in zip((self.moves.permutations, self.moves.factors), kept, strict=True):
+            for key, x in now.items():
+                if x is not old[key]:
+                    now[key] = torch.where(good.reshape(-1, *[1] * (x.dim() - 1)), x, old[key])
+        return torch.where(good, gain, 0.0)
+
+    def total(self, here: Blocks | None = None) -> Tensor:
+        """Inner product of blocks as things stand, for each row."""
+        total = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        for block in self.blocks if here is None else here:
+            a, b = block.load()
+            moved = self.moves.apply(block.slots, b, frozenset())
+            total += (a.double() * moved).flatten(1).sum(1)
+            if any(i in self.symmetry.phases for slot in block.slots for i, _ in slot.shifts):
+                total -= 0.5 * (moved.double() ** 2 - b.double() ** 2).flatten(1).sum(1)
+        return total
+
+    def _slopes(self, g: str, here: Blocks) -> Tensor:
+        """Gain of each unit moving to each place, were all others to stay: one table per context."""
+        n = self.symmetry.sizes[g]
+        rows = self.rows * self.of_contexts(g)
+        total = torch.zeros(rows, n, n, dtype=torch.float64, device=self.device)
+        for block in here:
+            a, b = block.load()
+            b = self.moves.apply(block.slots, b, frozenset())
+            for k in block.places(g):
+                front = [0, *(1 + o for o in block.slots[k].over), 1 + k]
+                order = [*front, *(d for d in range(a.dim()) if d not in front)]
+                x, y = (t.permute(order).reshape(rows, n, -1) for t in (a, b))
+                total += x @ y.mT
+        return total
+
+    def _signs(self, g: str, here: Blocks) -> Tensor:
+        """Turns signs of a group's units where that gains, gauge by gauge; the gain of each row."""
+        gain = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        least = self._least(here)
+        for i, name in self.symmetry.gauges.items():
+            odd = [(b, [k for k in b.places(g) if i in self._key(b.slots[k])]) for b in here]
+            if name != g or i in self.symmetry.phases or any(len(ks) > 1 for _, ks in odd):
+                continue
+            slope = torch.zeros(self.shape(g), dtype=torch.float64, device=self.device)
+            for block, ks in odd:
+                if ks:
+                    a, b = block.load()
+                    b = self.moves.apply(block.slots, b, frozenset())
+                    stay = [0, *(1 + o for o in block.slots[ks[0]].over), 1 + ks[0]]
+                    order = [*stay, *(d for d in range(a.dim()) if d not in stay)]
+                    product = (a.double() * b).permute(order)
+                    slope += product.flatten(len(stay)).sum(-1)
+            wrong = slope < -least.reshape(-1, *[1] * (slope.dim() - 1))
+            self.moves.factors[i] = torch.where(wrong, -1.0, 1.0) * self.moves.factors[i]
+            gain += torch.where(wrong, -2 * slope, 0.0).flatten(1).sum(1)
+        return gain
+
+
+def _crossed(block: Block, g: str) -> bool:
+    """True if a group is in a block three times, or in two contexts that differ."""
+    places = block.places(g)
+    return len(places) > 2 or len({block.slots[k].over for k in places}) > 1

@@ -1,0 +1,233 @@
+"""Groups on which others depend: heads and their dimensions, groups of channels and their channels.
+
+Whatever is assigned within a unit of A depends only on which unit of B it is given. So the value of
+each pair of units is a smaller problem of the same kind, solved for many pairs at once, and the
+units themselves are then a linear assignment over these values.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wspace.align.assign import Ask, Similarity
+from wspace.align.blocks import Block, Moves
+from wspace.align.pieces import Slot
+
+if TYPE_CHECKING:
+    from wspace.align.ascent import Ascent, Symmetry
+
+CHUNK = 1 << 22
+"""Numbers that the costs of one chunk of pairs may have."""
+
+
+class Inner(NamedTuple):
+    """The contents of units: A and B ``(rows, n, *slots, rest)``."""
+
+    slots: tuple[Slot, ...]
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Dependants that must be matched together, once the units around them are paired.
+
+    Attributes:
+        symmetry: Of these dependants.
+        plain: True if this is one group that every block has once and nothing else: linear.
+        exact: True if the best is found.
+    """
+
+    symmetry: "Symmetry"
+    plain: bool
+    exact: bool
+
+    def reaches(self, slots: Sequence[Slot]) -> bool:
+        """True if a block with these slots belongs to it."""
+        return any(s.group in self.symmetry.sizes for s in slots)
+
+
+def inner_slots(block: Block, g: str, family: Sequence[str]) -> tuple[list[int], tuple[Slot, ...]]:
+    """Slots within the units of a group: dependants, and what else these depend on.
+
+    Args:
+        block: A block that has the group once.
+        g: The group.
+        family: The group and its dependants.
+
+    Returns:
+        Positions of the slots in the block, and the slots.
+    """
+    own = block.places(g)[0]
+    outer = {own, *block.slots[own].over}
+    inside = [k for k, s in enumerate(block.slots) if s.group in family and k != own]
+    ruling = {o for k in inside for o in block.slots[k].over} - outer
+    keep = sorted({*inside, *ruling} - outer)
+    slots: list[Slot] = []
+    for k in keep:
+        s = block.slots[k]
+        over = tuple(keep.index(o) for o in s.over if o in keep) if k in inside else ()
+        slots.append(Slot(s.group, s.size, over, s.exponents, s.shifts))
+    return keep, tuple(slots)
+
+
+def parts_of(
+    g: str, symmetry: "Symmetry", blocks: Sequence[Block], extent: Mapping[str, int]
+) -> list[Part]:
+    """Dependants of a group, apart where no block and no dependence joins them.
+
+    Args:
+        g: The group.
+        symmetry: Of the problem around it.
+        blocks: Blocks of the group, each of which has it once.
+        extent: Group → units.
+
+    Returns:
+        The parts.
+    """
+    deps = symmetry.dependants[g]
+    inner = symmetry.within((*symmetry.over[g], g), deps)
+    inside = [inner_slots(b, g, (g, *deps))[1] for b in blocks]
+    links = [{s.group for s in slots if s.group in deps} for slots in inside]
+    links += [{d, *(o for o in inner.over[d] if o in deps)} for d in deps]
+    sets: list[set[str]] = []
+    for link in links:
+        if link:
+            meet = [s for s in sets if s & link]
+            sets = [s for s in sets if not s & link] + [link.union(*meet)]
+    found: list[Part] = []
+    for names in sorted(sets, key=lambda names: deps.index(min(names, key=deps.index))):
+        own = inner.within((), [d for d in deps if d in names])
+        here = [slots for slots in inside if any(s.group in names for s in slots)]
+        plain = len(names) == 1 and all(len(slots) == 1 for slots in here)
+        found.append(Part(own, plain, plain or _exact(own, here, extent)))
+    return found
+
+
+def _exact(symmetry: "Symmetry", inside: list[tuple[Slot, ...]], extent: Mapping[str, int]) -> bool:
+    problem = _ascent(symmetry, [Inner(s, torch.empty(0), torch.empty(0)) for s in inside], extent)
+    return len(problem.units) == 1 and problem.exact(problem.units[0])
+
+
+def _ascent(symmetry: "Symmetry", inner: Sequence[Inner], extent: Mapping[str, int]) -> "Ascent":
+    """The problem within units; A and B are ``(rows, *slots, rest)``."""
+    from wspace.align.ascent import Ascent
+
+    blocks = [Block(x.slots, lambda x=x: (x.a, x.b), _error(x.a, x.b)) for x in inner]
+    return Ascent(blocks, symmetry, extent, len(inner[0].a), inner[0].a.device)
+
+
+def _error(a: Tensor, b: Tensor) -> Tensor:
+    if not a.numel():
+        return torch.zeros(len(a), dtype=torch.float64, device=a.device)
+    sizes = a.flatten(1).norm(dim=1).double() * b.flatten(1).norm(dim=1).double()
+    return torch.finfo(a.dtype).eps * sizes
+
+
+# ------------------------------------------------------------------------ all pairs
+
+
+def values(part: Part, inner: Sequence[Inner], extent: Mapping[str, int], table: Tensor) -> Ask:
+    """Adds to each pair of units the best value of a part within them.
+
+    Args:
+        part: The part.
+        inner: Contents of the units.
+        extent: Group → units.
+        table: ``(rows, n, n)``, float64; changed in place.
+
+    Yields:
+        Costs of linear assignments.
+    """
+    here = [x for x in inner if part.reaches(x.slots)]
+    if not here:
+        return
+    rows, n, _ = table.shape
+    name = next(iter(part.symmetry.sizes))
+    load = part.symmetry.sizes[name] ** 2 if part.plain else _load(here)
+    for i, j in _chunks(n, max(1, CHUNK // max(1, rows * load))):
+        if part.plain:
+            sim = _tables(part, here, i, j)
+            best = sim.best()
+            q = (yield best) if name in part.symmetry.permuted else _still(best)
+            found = best.gather(-1, q[..., None]).sum((1, 2))
+        else:
+            problem = _ascent(part.symmetry, [_pairs(x, i, j) for x in here], extent)
+            start = problem.total()
+            yield from problem.settle()
+            found = start + problem.gain
+        table[:, i, j] += found.reshape(rows, i.stop - i.start, j.stop - j.start)
+
+
+def _load(inner: Sequence[Inner]) -> int:
+    return sum(x.b[0, 0].numel() for x in inner)
+
+
+def _chunks(n: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of pairs, at most so many pairs each."""
+    wide = min(n, most)
+    high = max(1, most // wide)
+    for i in range(0, n, high):
+        for j in range(0, n, wide):
+            yield slice(i, min(n, i + high)), slice(j, min(n, j + wide))
+
+
+def _still(cost: Tensor) -> Tensor:
+    return torch.arange(cost.shape[-1], device=cost.device).expand(cost.shape[:-1])
+
+
+def _key(part: Part, slot: Slot) -> tuple[int, ...]:
+    return tuple(sorted(i for i, e in slot.exponents if e % 2 and i in part.symmetry.gauges))
+
+
+def _tables(part: Part, inner: Sequence[Inner], i: slice, j: slice) -> Similarity:
+    """Costs within all pairs of some units: ``(rows * pairs, m, m)``."""
+    out = Similarity()
+    for x in inner:
+        a, b = x.a[:, i], x.b[:, j]
+        rows, hi, m = a.shape[:3]
+        hj = b.shape[1]
+        cost = a.reshape(rows, hi * m, -1) @ b.reshape(rows, hj * m, -1).mT
+        cost = cost.reshape(rows, hi, m, hj, m).transpose(2, 3).reshape(-1, m, m)
+        out.add(_key(part, x.slots[0]), cost)
+    return out
+
+
+def _pairs(x: Inner, i: slice, j: slice) -> Inner:
+    a, b = x.a[:, i, None], x.b[:, None, j]
+    shape = (len(a), a.shape[1], b.shape[2], *a.shape[3:])
+    return Inner(x.slots, *(t.expand(shape).flatten(0, 2) for t in (a, b)))
+
+
+# ---------------------------------------------------------------------- chosen pairs
+
+
+def matched(part: Part, inner: Sequence[Inner], extent: Mapping[str, int], p: Tensor) -> Ask:
+    """The best of a part within chosen pairs of units.
+
+    Args:
+        part: The part.
+        inner: Contents of the units.
+        extent: Group → units.
+        p: Unit of B for each of A, ``(rows, n)``.
+
+    Yields:
+        Costs of linear assignments.
+
+    Returns:
+        Moves, one row for each row and unit.
+    """
+    rows = torch.arange(len(p), device=p.device)[:, None]
+    here = [
+        Inner(x.slots, x.a.flatten(0, 1), x.b[rows, p].flatten(0, 1))
+        for x in inner
+        if part.reaches(x.slots)
+    ]
+    if not here:
+        return Moves(part.symmetry.over, part.symmetry.phases)
+    problem = _ascent(part.symmetry, here, extent)
+    yield from problem.settle()
+    return problem.moves
