@@ -80,6 +80,9 @@ class LazyState(Mapping[str, Tensor]):
             )
         return found
 
+    def __contains__(self, name: object) -> bool:  # a Mapping's own would compute the tensor
+        return name in self.outline
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.outline)
 
@@ -157,8 +160,8 @@ def _holds(dtype: torch.dtype) -> bool:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The values as they lie in the file (torch's own byte order; all it runs on is little)."""
-    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1).contiguous()
+    return flat.view(torch.uint8).numpy().data
 
 
 def _text(what: str, *, got: str | list[str] = "", help: str = "") -> str:
