@@ -34,6 +34,7 @@ class Slot:
             ``Group.over``.
         exponents: Index of a gauge → its exponent here, for signs and phases.
         shifts: Index of a phase gauge → the amount that one turn adds to the piece.
+        scales: Index of a gauge → its exponent here, for scales.
     """
 
     group: str
@@ -41,6 +42,7 @@ class Slot:
     over: tuple[int, ...] = ()
     exponents: tuple[tuple[int, int], ...] = ()
     shifts: tuple[tuple[int, float], ...] = ()
+    scales: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,23 +180,25 @@ def _cut(items: _Items) -> Iterator[tuple[tuple[Cut, ...], tuple[_Leaf, ...]]]:
     yield (), tuple(item for item in items if isinstance(item, _Leaf))
 
 
-_Mark = tuple[tuple[tuple[int, int], ...], tuple[tuple[int, float], ...]]
+_Exponents = tuple[tuple[int, int], ...]
+_Mark = tuple[_Exponents, tuple[tuple[int, float], ...], _Exponents]
 
 
 def _marks(space: WeightSpace) -> dict[tuple[str, int, str, int], _Mark]:
-    """Exponents and shifts by parameter, dimension, group and occurrence."""
+    """Exponents, shifts and scales by parameter, dimension, group and occurrence."""
     found: dict[tuple[str, int, str, int], _Mark] = {}
     for i, gauge in enumerate(space.gauges):
-        if gauge.kind == "scale":
-            continue
         for name, dim, occurrence, exponent in gauge.slots:
             key = (name, dim, gauge.group, occurrence)
-            exponents, shifts = found.get(key, ((), ()))
-            found[key] = (*exponents, (i, exponent)), shifts
+            exponents, shifts, scales = found.get(key, ((), (), ()))
+            if gauge.kind == "scale":
+                found[key] = exponents, shifts, (*scales, (i, exponent))
+            else:
+                found[key] = (*exponents, (i, exponent)), shifts, scales
         for name, dim, occurrence, amount in gauge.shifts:
             key = (name, dim, gauge.group, occurrence)
-            exponents, shifts = found.get(key, ((), ()))
-            found[key] = exponents, (*shifts, (i, amount))
+            exponents, shifts, scales = found.get(key, ((), (), ()))
+            found[key] = exponents, (*shifts, (i, amount)), scales
     return found
 
 
@@ -212,7 +216,7 @@ def _piece(
     slots: list[Slot] = []
     for leaf in front:
         over = tuple(_nearest(front, leaf, o) for o in leaf.group.over)
-        mark = marks.get((p.name, leaf.dim, leaf.group.name, leaf.occurrence), ((), ()))
+        mark = marks.get((p.name, leaf.dim, leaf.group.name, leaf.occurrence), ((), (), ()))
         slots.append(Slot(leaf.group.name, leaf.size, over, *mark))
     sizes = tuple(leaf.size for leaf in leaves)
     return Piece(names, p.at is not None, cuts, sizes, order, tuple(slots))
