@@ -86,6 +86,39 @@ class Block:
         return not self.param
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A matrix that a module input is multiplied with, as it is.
+
+    Attributes:
+        param: Name of the matrix.
+        dim: Its dimension that runs over the input's coordinates.
+        start: Where the first coordinate is along that dimension.
+        biases: Names of the vectors that are added to the product, one for each of its uses; empty
+            if some use has none of its own.
+    """
+
+    param: str
+    dim: int
+    start: int
+    biases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """How a module reads one of its input tensors.
+
+    Attributes:
+        size: Coordinates: the size of its last axis.
+        readings: Matrices that it is multiplied with.
+        others: Operators that read it, or what is made of it, in another way.
+    """
+
+    size: int
+    readings: tuple[Reading, ...] = ()
+    others: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Wiring:
     """How parameters connect the units of a network.
@@ -96,11 +129,13 @@ class Wiring:
         nodes: Node sets; the first is the global one.
         blocks: Uses of parameters, and structural connections, in order of execution.
         unknown: Operators through which units could not be followed.
+        inputs: How the module reads its input tensors, in their order; empty if that is not known.
     """
 
     nodes: tuple[NodeSet, ...]
     blocks: tuple[Block, ...]
     unknown: tuple[str, ...] = field(default_factory=tuple)
+    inputs: tuple[Input, ...] = field(default_factory=tuple)
 
     @classmethod
     def later(cls, derive: Callable[[], Self]) -> Self:
@@ -126,7 +161,7 @@ class Wiring:
         return self.__dict__[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.nodes, self.blocks, self.unknown)
+        return type(self), (self.nodes, self.blocks, self.unknown, self.inputs)
 
     def to_data(self) -> dict[str, Any]:
         """The wiring as lists and numbers, for JSON."""
@@ -142,6 +177,10 @@ class Wiring:
                 for b in self.blocks
             ],
             "unknown": self.unknown,
+            "inputs": [
+                [i.size, [[r.param, r.dim, r.start, r.biases] for r in i.readings], i.others]
+                for i in self.inputs
+            ],
         }
 
     @classmethod
@@ -170,6 +209,14 @@ class Wiring:
                 ]
             ),
             unknown=tuple(data["unknown"]),
+            inputs=tuple(
+                Input(
+                    size,
+                    tuple(Reading(name, dim, at, tuple(of)) for name, dim, at, of in readings),
+                    tuple(others),
+                )
+                for size, readings, others in data.get("inputs", ())  # absent in older files
+            ),
         )
 
 

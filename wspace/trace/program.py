@@ -21,9 +21,12 @@ class Value:
         data: The real tensor, for inputs and constants; otherwise None.
         axes: Filled in by the solver: one axis per dimension.
         points: Axis that the entries are indices into (argmax, top-k), or None.
+        inputs: Of an input: numbers of the module's input tensors that it is computed from.
+        whole: Of an input: its last axis is that of the module's input, entry by entry.
     """
 
-    __slots__ = ("axes", "data", "dtype", "kind", "names", "origin", "points", "shape")
+    __slots__ = ("axes", "data", "dtype", "inputs", "kind", "names", "origin", "points", "shape",
+                 "whole")  # fmt: skip
 
     def __init__(self, tensor: Tensor, kind: str, names: tuple[str, ...] = ()) -> None:
         self.shape = tuple(tensor.shape)
@@ -35,6 +38,8 @@ class Value:
         self.axes: Any = None
         self.origin: Any = None
         self.points: Any = None
+        self.inputs: frozenset[int] = frozenset()
+        self.whole = False
 
     def __repr__(self) -> str:
         return f"Value({self.kind}, {list(self.shape)}{', ' + self.names[0] if self.names else ''})"
@@ -73,6 +78,8 @@ class Program:
         calls: Operators in execution order.
         params: Every parameter and float buffer of the module, used or not; ties share a value.
         outputs: Values among the module's outputs (those that depend on parameters).
+        inputs: The tensors among the module's inputs, in order.
+        overwritten: Numbers of the inputs that an operator wrote to.
         concrete: True if real weights had to be run, because control flow depends on them.
         reason: Why the abstract run was given up, when `concrete`.
     """
@@ -80,5 +87,7 @@ class Program:
     calls: list[Call] = field(default_factory=list)
     params: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    overwritten: set[int] = field(default_factory=set)
     concrete: bool = False
     reason: str = ""

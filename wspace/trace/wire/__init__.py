@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from wspace.trace.derive import Naming
+from wspace.trace.inputs import inputs_of
 from wspace.trace.program import Call, Program, Value
 from wspace.trace.rules import arguments, dims_of
 from wspace.trace.solve import Solver
@@ -86,7 +87,7 @@ def wire(program: Program, solver: Solver, naming: Naming) -> Wiring:
         walk.step(call)
     outputs = walk.outputs(program.outputs)
     leftovers(builder)
-    return finish(builder, outputs, naming)
+    return replace(finish(builder, outputs, naming), inputs=inputs_of(program))
 
 
 class _Walk:
