@@ -24,8 +24,8 @@ from harness import machine, table
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from wspace.augment import Augment, Symmetry
 from wspace.lit import Classification, Optimization, Prediction, Task, ZooDataModule
-from wspace.lit.augment import Augment, Symmetry
 
 GRAPH = {"channels": 32, "layers": 3, "dropout": 0.1}
 PROBED = GRAPH | {"probes": 64}

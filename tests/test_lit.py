@@ -262,7 +262,7 @@ def test_held_out_values_are_there(zoos: dict[str, Path]) -> None:
 # --- augmentations ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [Symmetry(), Symmetry(parts=0), Noise(0.1), Drop(0.5)])
+@pytest.mark.parametrize("change", [Symmetry(), Noise(0.1), Drop(0.5)])
 def test_augmentations(change: Any, zoos: dict[str, Path], generator: torch.Generator) -> None:
     graph = wspace.zoo.open(zoos["one"]).batch(range(9)).graphs[0]
     before = {name: x.clone() for name, x in graph.values.items()}
@@ -276,7 +276,7 @@ def test_augmentations(change: Any, zoos: dict[str, Path], generator: torch.Gene
 def test_symmetry_keeps_the_function(zoos: dict[str, Path], generator: torch.Generator) -> None:
     zoo = wspace.zoo.open(zoos["image"])
     graph = zoo.batch(range(7), dtype=torch.float64).graphs[0]
-    made = Symmetry(("permutation", "scale", "sign", "phase"), parts=3)(graph, generator)
+    made = Symmetry(("permutation", "scale", "sign", "phase"))(graph, generator)
     module, x = zoo.architectures[0].module(), grid(5, 3).double()
     args = (module, graph.space)
     torch.testing.assert_close(

@@ -1,6 +1,6 @@
 """Training on model zoos with Lightning: data, tasks, checkpoints, and `wspace fit`.
 
-- `ZooDataModule` gives batches of a zoo; `wspace.lit.augment` changes them in training.
+- `ZooDataModule` gives batches of a zoo; `wspace.augment` changes them in training.
 - `Classification`, `Prediction`, `Editing` and `Contrastive` are tasks; each makes its metanet by
   name (`build_metanet`) for the zoo it meets. `Nowcasting` trains predictors of future states.
 - `load_task` reads a trained task, `predict` and `predict_zoo` ask it.
@@ -8,10 +8,9 @@
 This package alone imports Lightning, and nothing else imports this package at import time.
 """
 
-from wspace.lit.augment import Augment as Augment
-from wspace.lit.augment import Drop as Drop
-from wspace.lit.augment import Noise as Noise
-from wspace.lit.augment import Symmetry as Symmetry
+from wspace.augment import Drop as Drop
+from wspace.augment import Noise as Noise
+from wspace.augment import Symmetry as Symmetry
 from wspace.lit.checkpoint import Checkpoints as Checkpoints
 from wspace.lit.checkpoint import SafeCheckpoints as SafeCheckpoints
 from wspace.lit.contrastive import Contrastive as Contrastive

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wspace.lit.augment import Augment, Drop, Noise, Symmetry, augmented
+from wspace.augment import Augment, Drop, Noise, Symmetry, augmented, mixes
+from wspace.errors import WSpaceError, message
 from wspace.lit.metrics import accuracy
 from wspace.lit.modules import Measured, classes_of
 from wspace.lit.task import Optimization
@@ -30,13 +31,17 @@ class Contrastive(Measured):
         options: Options of the metanet.
         dimension: Length of a representation.
         temperature: Of the softmax over similarities.
-        augment: What makes a view; None takes all symmetries, noise and dropped weights.
+        augment: What makes a view; None takes all symmetries, noise and dropped weights. A view
+            is one of one network, so nothing may mix several.
         target: Column with classes for the linear classifier; None for none.
         probe_networks: Training networks that the linear classifier is fitted to.
         optimization: Optimiser and learning rate.
         statistics: See `Task`.
         trust: See `Task`.
         pretrained: See `Task`.
+
+    Raises:
+        WSpaceError: If `augment` mixes networks.
     """
 
     monitor = ("val/loss", "min")
@@ -67,6 +72,14 @@ class Contrastive(Measured):
         )
         usual = (Symmetry(("permutation", "scale", "sign", "phase")), Noise(0.1), Drop(0.1))
         self.augment = list(usual if augment is None else augment)
+        if mixes(self.augment):
+            raise WSpaceError(
+                message(
+                    "Contrastive: a mix of networks is a view of none of them",
+                    expected="augmentations that mix nothing, or mix a network with itself",
+                    help="leave MixUp out of `augment`; SelfMixUp will do",
+                )
+            )
         self.dimension, self.temperature = dimension, temperature
         self.target, self.probe_networks = target, probe_networks
         wide = 2 * dimension
@@ -85,13 +98,13 @@ class Contrastive(Measured):
     def loss(self, batch: ZooBatch, stage: str) -> Tensor:
         """NT-Xent between two views of every network."""
         views = [
-            self.project(self(augmented(batch.graphs, self.augment, self.data.generator(batch, k))))
-            for k in (1, 2)
+            augmented(batch.graphs, self.augment, self.data.generator(batch, k))[0] for k in (1, 2)
         ]
+        first, second = (self.project(self(graphs)).float() for graphs in views)
         if stage != "train" and self._probe is not None and self.target is not None:
             scores = _with_one(self(batch.graphs).float()) @ self._probe
             self.metrics_of(stage).update(scores.argmax(1), batch.table[self.target].long())
-        return nt_xent(views[0].float(), views[1].float(), self.temperature)
+        return nt_xent(first, second, self.temperature)
 
     def on_validation_epoch_start(self) -> None:
         """Fits the linear classifier."""

@@ -18,13 +18,30 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
+from wspace.augment import Augment, augmented
 from wspace.errors import ZooError, message
 from wspace.graph import ParameterGraph
-from wspace.lit.augment import Augment, augmented, stream
 from wspace.zoo import Zoo, ZooBatch
 from wspace.zoo import open as open_zoo
 from wspace.zoo.split import PARTS
 from wspace.zoo.table import check_values
+
+
+def stream(*numbers: int) -> torch.Generator:
+    """A generator that depends on some whole numbers and on nothing else.
+
+    Not that of a cohort (`wspace.zoo.generator_of`): what is drawn from it is in no file.
+
+    Args:
+        numbers: A seed, and what tells apart what is drawn with it.
+
+    Returns:
+        A fresh generator on the CPU.
+    """
+    seed = 0
+    for n in numbers:
+        seed = (seed * 6364136223846793005 + n + 1442695040888963407) % (1 << 63)
+    return torch.Generator().manual_seed(seed)
 
 
 class SpaceBatches(DistributedSampler[Any]):
@@ -206,7 +223,8 @@ class ZooDataModule(LightningDataModule):
             are the test networks, and no others are.
         limit: Training networks that are used; smaller choices are part of larger ones.
         time: Which state of a trajectory, for zoos that have them; the last is -1, None for all.
-        augment: What is done to training networks.
+        augment: What is done to training networks (`wspace.augment`). Where networks are mixed,
+            the batch says how (`ZooBatch.mixture`), and the task mixes its targets.
         seed: Of the choice, the order and the augmentations.
         workers: Loader processes.
         checksums: Whether to verify all shards when the zoo is opened.
@@ -353,8 +371,10 @@ class ZooDataModule(LightningDataModule):
         del dataloader_idx
         found = batch.batch if isinstance(batch, Carried) else batch
         if self.augment and self.trainer is not None and self.trainer.training:
-            graphs = augmented(found.graphs, self.augment, self.generator(found))
-            return replace(found, graphs=graphs)
+            graphs, mixture = augmented(found.graphs, self.augment, self.generator(found))
+            if mixture is not None:
+                mixture = mixture.to(found.index.device)
+            return replace(found, graphs=graphs, mixture=mixture)
         return found
 
     def generator(self, batch: ZooBatch, salt: int = 0) -> torch.Generator:

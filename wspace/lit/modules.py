@@ -64,7 +64,7 @@ class Classification(Measured):
         options: Options of the metanet.
         target: Column of the zoo that holds the class, from 0.
         classes: Number of classes; None takes it from the zoo.
-        smoothing: Share of the target that is spread over all classes.
+        smoothing: Share of the target that is spread over all classes (label smoothing).
         optimization: Optimiser and learning rate.
         statistics: See `Task`.
         trust: See `Task`.
@@ -72,6 +72,7 @@ class Classification(Measured):
     """
 
     monitor = ("val/accuracy", "max")
+    mixed_targets = True
 
     def __init__(
         self,
@@ -98,10 +99,12 @@ class Classification(Measured):
         return classes_of(zoo, self.target, self.out or self.classes, "Classification")
 
     def loss(self, batch: ZooBatch, stage: str) -> Tensor:
-        """Cross entropy."""
+        """Cross entropy; of mixed networks the mean of those with each label, by shares."""
         logits, labels = self(batch.graphs), batch.table[self.target].long()
         if stage != "train":
             self.metrics_of(stage).update(logits.argmax(1), labels)
+        if batch.mixture is not None:
+            labels = batch.mixture.classes(labels, logits.shape[1])
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
 
     def columns(self, answer: Tensor) -> dict[str, Tensor]:
@@ -132,6 +135,7 @@ class Prediction(Measured):
     """
 
     monitor = ("val/kendall", "max")
+    mixed_targets = True
 
     def __init__(
         self,
@@ -212,8 +216,10 @@ class Prediction(Measured):
         return scores.float() * self.first["spread"] + self.first["center"]
 
     def loss(self, batch: ZooBatch, stage: str) -> Tensor:
-        """Distance to the targets, and the rank loss with its weight."""
+        """Distance to the targets, and the rank loss with its weight; to mixed targets if mixed."""
         scores, target = self(batch.graphs)[:, 0].float(), batch.table[self.target].float()
+        if batch.mixture is not None:
+            target = batch.mixture.targets(target)
         if stage != "train":
             self.metrics_of(stage).update(self.predicted(scores), target)
         if self.kind == "bce":
@@ -252,6 +258,7 @@ class Editing(Measured):
     """
 
     monitor = ("val/mse", "min")
+    mixed_targets = True  # the target is what a network shows, mixed or not
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wspace.errors import WSpaceError, ZooError, message
 from wspace.graph import ParameterGraph, encode
-from wspace.lit.augment import generator_of
+from wspace.lit.data import stream
 from wspace.lit.task import Optimization, Task
 from wspace.lit.windows import Cut, Scaled, Windows, cut, line, scaled, trained_names
 from wspace.nowcast.graph import NiNoGraph
@@ -152,7 +152,7 @@ class Nowcasting(Task):
         """In training the batch's, in validation always the same for the same rows."""
         if stage == "train":
             return self.data.generator(batch, 7)
-        return generator_of(self.data.seed, int(batch.index[0]), len(batch.index))
+        return stream(self.data.seed, int(batch.index[0]), len(batch.index))
 
     def _diverged(self, batch: ZooBatch, batch_idx: int, loss: float) -> str:
         summed = [  # what is not finite at any time is so in the sum

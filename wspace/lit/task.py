@@ -89,6 +89,8 @@ class Task(LightningModule):
 
     Attributes:
         monitor: Quantity by which the best checkpoint is chosen, and ``"min"`` or ``"max"``.
+        mixed_targets: True if `loss` minds `ZooBatch.mixture`, or needs no targets; else batches of
+            mixed networks are refused.
         out: Length of the metanet's answer, None if it returns parameters.
         seen: Architectures that it was trained on, once known.
         others: Those that the zoo has beside them: held out, or in no training part.
@@ -96,6 +98,7 @@ class Task(LightningModule):
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    mixed_targets: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -269,8 +272,18 @@ class Task(LightningModule):
             The loss.
 
         Raises:
-            WSpaceError: If the loss is NaN or infinite.
+            WSpaceError: If the loss is NaN or infinite, or networks were mixed and the task cannot
+                mix its targets.
         """
+        if batch.mixture is not None and not self.mixed_targets:
+            raise WSpaceError(
+                message(
+                    f"{type(self).__name__}: there are no targets for mixed networks",
+                    expected="Classification, Prediction or Editing, or a task of your own that "
+                    "minds batch.mixture and says so in mixed_targets",
+                    help="leave MixUp out of data.augment; SelfMixUp mixes no targets",
+                )
+            )
         loss = self.loss(batch, "train")
         if not bool(loss.detach().isfinite()):
             raise WSpaceError(self._diverged(batch, batch_idx, float(loss.detach())))

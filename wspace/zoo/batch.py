@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from wspace.augment import Mixture
 from wspace.graph import ParameterGraph
 
 
@@ -20,11 +21,15 @@ class ZooBatch:
         table: Columns of numbers, in the order of the graphs: the order a metanet answers in.
         index: Rows of the whole zoo that was opened, whichever view of it was read, in the same
             order.
+        mixture: Which networks were mixed into each in training, with which shares, by their places
+            in the batch; None if none were. Columns and `index` are those of the network a row
+            began with.
     """
 
     graphs: list[ParameterGraph]
     table: dict[str, Tensor]
     index: Tensor
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -40,7 +45,9 @@ class ZooBatch:
         """
         if isinstance(target, torch.dtype):
             return self._mapped(lambda x: x.to(target) if x.is_floating_point() else x)
-        return self._mapped(lambda x: x.to(target, non_blocking=True))
+        moved = self._mapped(lambda x: x.to(target, non_blocking=True))
+        mixture = None if self.mixture is None else self.mixture.to(target)
+        return replace(moved, mixture=mixture)
 
     def pin_memory(self) -> Self:
         """The batch in page-locked memory."""
