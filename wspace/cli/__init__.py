@@ -1,4 +1,4 @@
-"""The command `wspace`: inspect, verify, convert, nowcast, model zoos, and a demonstration.
+"""The command `wspace`: inspect, verify, convert, align, merge, nowcast, zoos, a demonstration.
 
 Exit codes: 0 done, 1 a claim did not hold, 2 wrong use or bad input, 130 interrupted.
 """
@@ -15,8 +15,12 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from wspace.cli.align import align, align_options
 from wspace.cli.convert import convert
 from wspace.cli.inspect import inspect
+from wspace.cli.interpolate import interpolate, interpolate_options
+from wspace.cli.merge import merge, merge_options
+from wspace.cli.networks import network_options
 from wspace.cli.nowcast import nowcast, nowcast_options
 from wspace.cli.screen import console
 from wspace.cli.train import TRAINING, is_lightning, predict, train
@@ -33,6 +37,8 @@ EXAMPLES = """examples:
   wspace inspect py:net.py:build --plot net.svg
   wspace verify torchvision:resnet18       prove the symmetry on the weights
   wspace convert model.safetensors model.graph.safetensors
+  wspace align a.safetensors b.safetensors --model py:net.py:build --out b_aligned.safetensors
+  wspace merge a.safetensors b.safetensors --model py:net.py:build --out merged.safetensors
   wspace nowcast runs/mine --horizon 10 --out ahead.safetensors
   wspace fit --config configs/inr_classification_gmn.yaml --data.path zoos/mnist
   wspace predict --ckpt last.safetensors model.safetensors
@@ -119,6 +125,15 @@ def parser() -> Parser:
     _inspect_options(command("inspect", inspect, "show a model or a checkpoint with its symmetry"))
     _verify_options(command("verify", verify, "prove the symmetry of a model on its weights"))
     _convert_options(command("convert", convert, "checkpoint to graph file, or back, bit for bit"))
+    for name, run, options, help in (
+        ("align", align, align_options, "move a network onto another, its function unchanged"),
+        ("merge", merge, merge_options, "make one network of several, aligned first"),
+        ("interpolate", interpolate, interpolate_options, "walk from a network to another"),
+    ):
+        it = command(name, run, help)
+        options(it)
+        _code_options(it)
+        network_options(it)
     it = command("nowcast", nowcast, "predict a later checkpoint from the last ones of a run")
     nowcast_options(it)
     _code_options(it)
