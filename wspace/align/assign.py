@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ class Assigner:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.solved = 0
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def run(self, asks: Sequence[Ask]) -> list[Any]:
         """Runs computations side by side; what they ask for at the same time is solved together.
@@ -67,8 +75,9 @@ class Assigner:
         self.solved += len(rows)
         large = [row for row in rows if len(row) >= WORTH_A_THREAD]
         if self.threads > 1 and len(large) > 1:
-            with ThreadPoolExecutor(self.threads) as pool:
-                found = iter([*pool.map(_assigned, rows)])
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads)
+            found = self._pool.map(_assigned, rows)
         else:
             found = map(_assigned, rows)
         out: list[Tensor] = []

@@ -19,11 +19,13 @@ class Block:
         slots: Axes of the piece.
         load: Reads both, ``(rows, *slots, rest)``, of one dtype and device.
         error: What rounding may leave in its inner product, for each row; float64.
+        size: Number of entries in each row.
     """
 
     slots: tuple[Slot, ...]
     load: Callable[[], Pair]
     error: Tensor
+    size: int = 0
 
     def places(self, group: str) -> list[int]:
         """Positions of the slots of a group."""

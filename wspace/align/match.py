@@ -1,43 +1,44 @@
 """Matching: the symmetry that brings one state closest to another.
 
 Coordinate ascent on the inner product of the states (Ainsworth, Hayase, Srinivasa 2023, Git
-Re-Basin, algorithm 1), extended to what their algorithm leaves out: groups that depend on others
-(`together`), groups that occur twice in one tensor (`quadratic`), signs and phases (`assign`).
+Re-Basin, algorithm 1), extended to what that algorithm leaves out: groups that depend on others
+(`together`), groups that occur twice in one tensor (`quadratic`), signs and phases (`assign`), and
+starts that are better than the identity (`starts`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wspace.action import State, Transform, compose, identity, moved, sample
+from wspace.action import KINDS, State, Transform, compose, identity, inverse
 from wspace.align.ascent import Ascent, Symmetry
 from wspace.align.assign import Assigner
-from wspace.align.blocks import Block
-from wspace.align.pieces import Piece, pieces
+from wspace.align.climb import Climb, climb
+from wspace.align.pairing import Mean, Moved, Pairing, batch_of, pair, symmetry_of
+from wspace.align.starts import STARTS, begin
 from wspace.errors import SpaceMismatch, message
 from wspace.space import WeightSpace
-
-KINDS = ("permutation", "scale", "sign", "phase")
-STARTS = ("identity", "random", "forward", "sinkhorn")
 
 
 @dataclass(frozen=True, repr=False)
 class Matching(Transform):
     """The group element that brings B to A, and how it was found.
 
+    The objective is ``(|a|² + |b|² - |a - moved b|²) / 2``: the inner product of A and B as moved,
+    unless phases move, which change the norm.
+
     Attributes:
-        objective: Inner product of A and B as moved, ``(*batch)``, float64. Where phases moved, half
-            the decrease of the squared distance is added to the inner product at the start.
-        start_objective: The same before the ascent.
-        history: Objective at the start and after each step that gained, ``(steps, *batch)``.
-        sweeps: Sweeps over the groups.
+        objective: At the end, ``(*batch)``, float64.
+        start_objective: Before anything is moved.
+        history: Objective where the ascent that won began, and after each step that gained,
+            ``(steps, *batch)``; never decreases. The states' precision limits its accuracy, while
+            the other objectives are computed in float64.
+        sweeps: Sweeps over the groups, of the ascent that took most.
         converged: True if no step gains any more.
-        restarts: Objective that each start reached, ``(starts, *batch)``.
+        restarts: What each ascent reached, the first start's first, ``(1 + restarts, *batch)``.
     """
 
     objective: Tensor
@@ -54,7 +55,7 @@ def match(
     space: WeightSpace,
     *,
     kinds: Sequence[str] = ("permutation",),
-    start: str | Transform = "identity",
+    start: str | Transform = "forward",
     restarts: int = 0,
     sweeps: int = 100,
     generator: torch.Generator | None = None,
@@ -64,147 +65,223 @@ def match(
 ) -> Matching:
     r"""The group element `t` for which ``act(t, b, space)`` is closest to `a`.
 
+    Maximises :math:`\sum_k \langle \theta^a_k, (t \cdot \theta^b)_k \rangle`, each tensor counted
+    once, by coordinate ascent: with all groups but one held, the best permutation of that one is a
+    linear assignment. The objective never decreases; the result is a local optimum. The states are
+    read tensor by tensor, so they may be memory-mapped; they are computed with on the device of `a`.
+
+    With ``"scale"`` among the kinds both states are balanced first (`canonical.balance`), and the
+    objective is that of the balanced states.
+
     Args:
         a: Reference state, ``(*batch, *shape)``; entries that `space` does not know are ignored.
-        b: State to move, of the same shapes.
+        b: State to move, with the same batch axes: there is one matching for each row.
         space: Weight space of both.
-        kinds: Symmetries to use.
-        start: Where the ascent starts.
-        restarts: How many more starts, at random; the best result counts.
-        sweeps: Upper limit on sweeps over all groups.
-        generator: Source of randomness.
-        groups: Groups that may move; all free ones when None.
-        buffers: Whether float buffers (running statistics) count.
-        threads: Threads for assignments; as many as torch uses when None.
+        kinds: Symmetries to use, among ``"permutation"``, ``"scale"``, ``"sign"``, ``"phase"``.
+        start: Where the ascent starts. ``"forward"``: each group matched by what meets only groups
+            that are matched already, beginning at the inputs; ``"sinkhorn"``: soft assignments,
+            annealed; ``"identity"``; ``"random"``; or a transform of B. Where one of the first two
+            does not lead beyond the identity, the identity is where it starts.
+        restarts: Further ascents from random permutations; the best counts, row by row.
+        sweeps: Upper limit on sweeps over all groups, for each ascent.
+        generator: Source of randomness, on the CPU; used by random starts only.
+        groups: Names of the groups that may move; all free ones when None.
+        buffers: Whether float buffers (running statistics) count. They are moved in any case.
+        threads: Assignments solved at the same time; as many as torch has threads when None.
 
     Returns:
-        The matching.
+        The transform, batched like the states, with its objective.
 
     Raises:
-        SpaceMismatch: If a state does not fit, or an option is unknown.
+        SpaceMismatch: If a state does not fit the space (listing all that is wrong), has weights
+            that are not finite, or an option is unknown.
+
+    Example:
+        >>> import wspace
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        >>> space = wspace.trace(mlp, torch.randn(1, 3))
+        >>> t = wspace.sample(space)
+        >>> found = match(mlp.state_dict(), wspace.act(t, mlp.state_dict(), space), space)
+        >>> torch.equal(found.permutations["h1"], wspace.inverse(t).permutations["h1"])
+        True
+
+    References:
+        Ainsworth, Hayase, Srinivasa (2023), Git Re-Basin: Merging Models modulo Permutation
+        Symmetries, algorithm 1. arXiv:2209.04836
     """
-    lead = _batch(a, b, space)
-    problem, before = _problem(a, b, space, lead, kinds, groups, buffers)
-    aside = before - problem.total()  # what nothing moves
-    assigner = Assigner(threads or torch.get_num_threads())
-    history = [before.clone()]
-    done = 0
-    dirty = [True] * len(problem.units)
-    while any(dirty) and done < sweeps:
-        done += 1
-        for i, unit in enumerate(problem.units):
-            if not dirty[i]:
-                continue
-            (gained,) = assigner.run([problem.unit_step(unit)])
-            some = bool(gained.any())
-            dirty[i] = some and not problem.exact(unit)
-            if some:
-                history.append(before + problem.gain)
-                for j in problem.neighbours[i]:
-                    dirty[j] = True
-    after = aside + problem.total()
-    shape = tuple(lead)
-    perms = {
-        g: p.reshape(*shape, *p.shape[1:]).cpu() for g, p in problem.moves.permutations.items()
-    }
-    factors = {i: f.reshape(*shape, *f.shape[1:]).cpu() for i, f in problem.moves.factors.items()}
+    _check(space, kinds, start, groups, (restarts, sweeps, threads))
+    lead = batch_of({"a": a, "b": b}, space, "match")
+    way: list[tuple[Transform | None, Transform | None]] = []
+    if "scale" in kinds:
+        way.append((balanced := _balance(a, space), other := _balance(b, space)))
+        a, b = Moved(balanced, a, space), Moved(other, b, space)
+    if isinstance(start, Transform):
+        way.append((None, start))
+        b, start = Moved(start, b, space), "identity"
+    pairing = pair(a, b, space, lead, buffers=buffers, who="match")
+    symmetry = symmetry_of(space, kinds, groups)
+    with Assigner(threads or torch.get_num_threads()) as assigner:
+        search = _Search(space, pairing, symmetry, assigner, sweeps)
+        search.ascend(start, generator)
+        if start in ("forward", "sinkhorn") and bool((search.restarts[0] < search.before).any()):
+            search.ascend("identity", generator, instead=True)
+        for _ in range(restarts):
+            search.ascend("random", generator)
+    found = search.result(lead)
+    for left, right in reversed(way):
+        t: Transform = found if right is None else compose(found, right)
+        t = t if left is None else compose(inverse(left), t)
+        found = _with(found, t)
+    return found
+
+
+def _balance(state: State, space: WeightSpace) -> Transform:
+    from wspace.align.canonical import balance
+
+    return balance(state, space)
+
+
+def _with(found: Matching, t: Transform) -> Matching:
+    """A matching with another transform."""
     return Matching(
-        space=space,
-        permutations=perms,
-        factors=factors,
-        objective=after.reshape(shape).cpu(),
-        start_objective=before.reshape(shape).cpu(),
-        history=torch.stack(history).reshape(-1, *shape).cpu(),
-        sweeps=done,
-        converged=not any(dirty),
-        restarts=after.reshape(1, *shape).cpu(),
+        t.space,
+        t.permutations,
+        t.factors,
+        found.objective,
+        found.start_objective,
+        found.history,
+        found.sweeps,
+        found.converged,
+        found.restarts,
     )
 
 
-def _batch(a: State, b: State, space: WeightSpace) -> tuple[int, ...]:
-    space.validate(a)
-    space.validate(b)
-    p = space.params[0]
-    x = a[p.name]
-    return tuple(x.shape[: x.dim() - len(p.axes)])
-
-
-def _problem(
-    a: State,
-    b: State,
+def _check(
     space: WeightSpace,
-    lead: tuple[int, ...],
     kinds: Sequence[str],
+    start: str | Transform,
     groups: Sequence[str] | None,
-    buffers: bool,
-) -> tuple[Ascent, Tensor]:
-    chosen = {*space.groups} if groups is None else {*groups}
-    permuted = {
-        g.name for g in space.groups.values() if "permutation" in kinds and not g.fixed
-    } & chosen
-    gauges = {
-        i: g.group
-        for i, g in enumerate(space.gauges)
-        if g.kind in kinds and g.kind != "scale" and g.group in chosen
-    }
-    phases = {i for i in gauges if space.gauges[i].kind == "phase"}
-    free = [g for g in space.groups.values() if g.name in permuted | {*gauges.values()}]
-    symmetry = Symmetry(
-        {g.name: g.size for g in free},
-        {g.name: g.over for g in free},
-        frozenset(permuted),
-        gauges,
-        frozenset(phases),
-    )
-    rows = prod(lead)
-    extent = {name: g.size for name, g in space.all_groups.items()}
-    device = a[space.params[0].name].device
-    blocks: list[Block] = []
-    before = torch.zeros(rows, dtype=torch.float64, device=device)
-    wrong: list[str] = []
-    for piece in pieces(space, buffers=buffers):
-        block, inner = _block(piece, a, b, len(lead), device)
-        blocks.append(block)
-        before += inner
-        if not bool(torch.isfinite(block.error).all()):
-            wrong += [name for name in piece.names if name not in wrong]
+    numbers: tuple[int, int, int | None],
+) -> None:
+    """Refuses options that mean nothing, all at once."""
+    restarts, sweeps, threads = numbers
+    wrong = [f"kind {k!r}; there are {', '.join(KINDS)}" for k in kinds if k not in KINDS]
+    wrong += [f"group {g!r}, which is no free group" for g in groups or () if g not in space.groups]
+    if isinstance(start, Transform):
+        if start.space != space:
+            wrong.append("a start that belongs to another weight space")
+    elif start not in STARTS:
+        wrong.append(f"start {start!r}; there are {', '.join(STARTS)}, and any transform")
+    if isinstance(kinds, str):
+        wrong = [f"kinds {kinds!r}, a string; give a tuple"]
+    if restarts < 0 or sweeps < 1 or (threads is not None and threads < 1):
+        wrong.append(f"restarts {restarts}, sweeps {sweeps}, threads {threads}")
     if wrong:
-        got = [f"{name!r} {_infinite(a, b, name)}" for name in wrong]
-        raise SpaceMismatch(
-            message(
-                "match: weights are not finite",
-                got=got,
-                help="take a checkpoint from before training diverged",
-            )
+        raise SpaceMismatch(message("match: options that mean nothing", got=wrong))
+
+
+class _Search:
+    """Ascents from several starts, and the best of each row."""
+
+    def __init__(
+        self,
+        space: WeightSpace,
+        pairing: Pairing,
+        symmetry: Symmetry,
+        assigner: Assigner,
+        sweeps: int,
+    ) -> None:
+        self.space, self.pairing, self.symmetry = space, pairing, symmetry
+        self.assigner, self.sweeps = assigner, sweeps
+        self.before = pairing.objective
+        self.restarts: list[Tensor] = []
+        self.best: Tensor | None = None
+        self.courses: list[Climb] = []
+        self.won = torch.zeros(pairing.rows, dtype=torch.int64, device=pairing.device)
+        self.permutations: dict[str, Tensor] = {}
+        self.factors: dict[int, Tensor] = {}
+
+    def ascend(
+        self, start: str, generator: torch.Generator | None, *, instead: bool = False
+    ) -> None:
+        """One ascent; with `instead`, it counts as the last one done over where that is better."""
+        extent = {name: g.size for name, g in self.space.all_groups.items()}
+        pairing = self.pairing
+        problem = Ascent(pairing.blocks, self.symmetry, extent, pairing.rows, pairing.device)
+        begin(start, problem, self.assigner, generator)
+        problem.gain.zero_()
+        course = climb(problem, self.assigner, self.sweeps)
+        reached = self._aside(problem) + problem.total()
+        course.history = [
+            reached - problem.gain,
+            *(reached - problem.gain + x for x in course.history),
+        ]
+        better = torch.ones_like(reached, dtype=torch.bool)
+        if self.best is None:
+            self.best = reached
+            self.permutations, self.factors = problem.moves.permutations, problem.moves.factors
+        else:
+            better = reached > self.best
+            self.best = torch.where(better, reached, self.best)
+            _overwrite(self.permutations, problem.moves.permutations, better)
+            _overwrite(self.factors, problem.moves.factors, better)
+        self.won[better] = len(self.courses)
+        self.courses.append(course)
+        if instead:
+            self.restarts[-1] = torch.maximum(reached, self.restarts[-1])
+        else:
+            self.restarts.append(reached)
+
+    def _aside(self, problem: Ascent) -> Tensor:
+        """Inner product of what nothing moves."""
+        counted = {id(b) for b in problem.blocks}
+        zero = torch.zeros_like(self.before)
+        blocks = zip(self.pairing.blocks, self.pairing.inner, strict=True)
+        return sum((x for b, x in blocks if id(b) not in counted), zero)
+
+    def _history(self) -> Tensor:
+        """Histories of the ascents that won, ``(steps, rows)``: the last value fills what is left."""
+        used = [*range(len(self.courses))]
+        used = [i for i in used if bool((self.won == i).any())] or [0]
+        steps = max(len(self.courses[i].history) for i in used)
+        table = torch.stack(
+            [
+                torch.stack([*h, *[h[-1]] * (steps - len(h))])
+                for h in (self.courses[i].history for i in used)
+            ]
         )
-    return Ascent(blocks, symmetry, extent, rows, device), before
+        place = torch.tensor([used.index(int(i)) for i in self.won.tolist()], device=table.device)
+        return table[place, :, torch.arange(len(place), device=table.device)].mT
+
+    def result(self, lead: tuple[int, ...]) -> Matching:
+        """The best of each row."""
+
+        def shaped(x: Tensor) -> Tensor:
+            return x.reshape((*lead, *x.shape[1:])).cpu()
+
+        best = self.before if self.best is None else self.best
+        history = self._history()
+        return Matching(
+            space=self.space,
+            permutations={g: shaped(x) for g, x in self.permutations.items()},
+            factors={i: shaped(x) for i, x in self.factors.items()},
+            objective=shaped(best),
+            start_objective=shaped(self.before),
+            history=history.reshape((-1, *lead)).cpu(),
+            sweeps=max(c.sweeps for c in self.courses),
+            converged=all(c.converged for c in self.courses),
+            restarts=torch.stack(self.restarts).reshape((-1, *lead)).cpu(),
+        )
 
 
-def _infinite(a: State, b: State, name: str) -> str:
-    """Which states have a NaN or an infinity in a tensor."""
-    where = [k for k, x in zip("ab", (a, b), strict=True) if not bool(x[name].isfinite().all())]
-    return f"of state {' and '.join(where)}" if where else "overflows when squared"
-
-
-def _block(
-    piece: Piece, a: State, b: State, lead: int, device: torch.device
-) -> tuple[Block, Tensor]:
-    """A piece of both states, and its inner product in each row."""
-
-    def load() -> tuple[Tensor, Tensor]:
-        x, y = piece.read(a, lead).to(device), piece.read(b, lead).to(device)
-        if x.dtype != y.dtype:
-            x, y = x.double(), y.double()
-        return x, y
-
-    x, y = load()
-    sizes = (x.flatten(1).norm(dim=1).double(), y.flatten(1).norm(dim=1).double())
-    inner = (x.double() * y).flatten(1).sum(1)
-    return Block(piece.slots, load, torch.finfo(x.dtype).eps * sizes[0] * sizes[1]), inner
+def _overwrite(now: dict[Any, Tensor], new: Mapping[Any, Tensor], rows: Tensor) -> None:
+    """Takes some rows from other tensors."""
+    for key, x in new.items():
+        now[key] = torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, now[key])
 
 
 def objective(a: State, b: State, space: WeightSpace, *, buffers: bool = False) -> Tensor:
-    """Inner product of two states, each tensor once.
+    """Inner product of two states, each tensor counted once; what `match` maximises.
 
     Args:
         a: Tensors by name, ``(*batch, *shape)``.
@@ -214,42 +291,12 @@ def objective(a: State, b: State, space: WeightSpace, *, buffers: bool = False) 
 
     Returns:
         ``(*batch)``, float64, on the device of `a`.
+
+    Raises:
+        SpaceMismatch: If a state does not fit the space or has weights that are not finite.
     """
-    lead = _batch(a, b, space)
-    return _problem(a, b, space, lead, (), (), buffers)[1].reshape(lead)
-
-
-class _Moved(Mapping[str, Tensor]):
-    """A state moved by a group element, tensor by tensor as it is read."""
-
-    def __init__(self, t: Transform, state: State, space: WeightSpace) -> None:
-        self.t, self.state, self.space = t, state, space
-
-    def __getitem__(self, name: str) -> Tensor:
-        return moved(self.t, name, self.state, self.space)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-
-class _Mean(Mapping[str, Tensor]):
-    """The mean of states, tensor by tensor as it is read."""
-
-    def __init__(self, states: Sequence[State]) -> None:
-        self.states = states
-
-    def __getitem__(self, name: str) -> Tensor:
-        first, *more = (s[name] for s in self.states)
-        return sum((x.to(first.device) for x in more), first) / len(self.states)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.states[0])
-
-    def __len__(self) -> int:
-        return len(self.states[0])
+    lead = batch_of({"a": a, "b": b}, space, "objective")
+    return pair(a, b, space, lead, buffers=buffers, who="objective").objective.reshape(lead)
 
 
 def match_many(
@@ -257,33 +304,41 @@ def match_many(
     space: WeightSpace,
     *,
     rounds: int = 100,
-    generator: torch.Generator | None = None,
     **options: Any,
 ) -> list[Transform]:
-    """Each state's way into one frame: each is matched to the mean of the others, in turn.
+    """Each state's way into one frame: each in turn is matched to the mean of the others.
 
-    MergeMany of Ainsworth, Hayase, Srinivasa (2023), algorithm 3.
+    First each state is matched to the first one; then rounds follow until none gains. The states as
+    moved have the mean ``sum(act(t, x, space) for t, x in zip(found, states)) / len(states)``.
 
     Args:
-        states: Of one space.
+        states: Of one space, with the same batch axes.
         space: Weight space of all.
         rounds: Upper limit on rounds over all states.
-        generator: Source of randomness.
-        **options: As for `match`.
+        **options: As for `match`; `start` is that of the first matching.
 
     Returns:
-        A transform for each state.
+        A transform for each state; the identity for the first, unless a round gained by moving it.
+
+    Raises:
+        SpaceMismatch: As for `match`, or if there is no state.
+
+    References:
+        Ainsworth, Hayase, Srinivasa (2023), Git Re-Basin, algorithm 3 (MergeMany).
     """
-    ways: list[Transform] = [identity(space) for _ in states]
-    for _ in range(rounds):
-        better = False
-        for i, state in enumerate(states):
-            others = [_Moved(t, s, space) for j, (t, s) in enumerate(zip(ways, states)) if j != i]
-            here = _Moved(ways[i], state, space)
-            found = match(_Mean(others), here, space, generator=generator, **options)
+    if not states:
+        raise SpaceMismatch(message("match_many: no states", expected="one or more"))
+    batch_of({f"state {i}": x for i, x in enumerate(states)}, space, "match_many")
+    ways: list[Transform] = [identity(space)]
+    ways += [match(states[0], x, space, **options) for x in states[1:]]
+    options |= {"start": "identity", "restarts": 0}
+    for _ in range(rounds if len(states) > 2 else 0):
+        gained = False
+        for i in range(len(states)):
+            here = [Moved(t, x, space) for t, x in zip(ways, states, strict=True)]
+            found = match(Mean(here[:i] + here[i + 1 :]), here[i], space, **options)
             if len(found.history) > 1:
-                better = True
-                ways[i] = compose(found, ways[i])
-        if not better:
+                gained, ways[i] = True, compose(found, ways[i])
+        if not gained:
             break
     return ways
