@@ -9,9 +9,11 @@ inputs of that shape that make the module run the same operators on the same sha
 not (control flow that depends on data), a new plan is made.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from wspace.trace.sites import CONTRACTION, KINDS, NONLINEARITY, Site, find_site
 
 Use = Callable[[int, Tensor], None]
 """Takes the number of a site and its features ``(samples, *over, size)``."""
+Key = tuple[str, str, str, int]
 _Signature = tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]
 
 
@@ -46,10 +49,19 @@ class Plan:
     unobserved: Mapping[str, str]
     calls: _Signature
 
-    def agrees(self, other: "Plan") -> bool:
-        """True if sites of the same number show the same things."""
-        mine = [(s.group, s.kind, s.label) for s in self.sites]
-        return mine == [(s.group, s.kind, s.label) for s in other.sites]
+    @cached_property
+    def keys(self) -> tuple[Key, ...]:
+        """What tells each site from the others in any plan: group, kind, label, and which of these.
+
+        Plans differ where control flow depends on data; sites of equal keys show the same.
+        """
+        count: Counter[tuple[str, str, str]] = Counter()
+        keys: list[Key] = []
+        for site in self.sites:
+            head = (site.group, site.kind, site.label)
+            keys.append((*head, count[head]))
+            count[head] += 1
+        return tuple(keys)
 
 
 class Observer:
