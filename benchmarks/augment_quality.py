@@ -7,7 +7,7 @@ Intervals are bootstrapped over test networks, for each run; the summary gives m
 the difference to no augmentation, seed by seed. The training networks are the same for all seeds.
 
     wspace zoo build image_inrs zoos/mnist_inr --set dataset=mnist count=14000
-    python benchmarks/augment_quality.py zoos/mnist_inr --limits 1000 3000 --epochs 60 30
+    python benchmarks/augment_quality.py zoos/mnist_inr --limits 1000 3000 10000 --epochs 80 30 9
 
 Results are added to a file of JSON lines as they come, and those that it holds are not run again;
 `--show` prints it as tables.
@@ -74,6 +74,10 @@ METANETS: dict[str, tuple[str, dict[str, Any], float]] = {
     "GMN + probes": ("GraphMetanet", {"channels": 16, "layers": 2, "probes": 16}, 4e-3),
 }
 """Name, class of `wspace.nn`, its options, and the learning rate."""
+
+
+MEANS = ("accuracy", "accuracy_low", "accuracy_high", "last_loss", "cpu_minutes")
+"""What is averaged over seeds."""
 
 
 def task_of(metanet: str, augmentation: str) -> Classification:
@@ -153,8 +157,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             mine = sorted((r for r in some if r["augmentation"] == name), key=lambda r: r["seed"])
             if not mine:
                 continue
-            means = [statistics.fmean(r[k] for r in mine) for k in
-                     ("accuracy", "accuracy_low", "accuracy_high", "last_loss", "cpu_minutes")]  # fmt: skip
+            means = [statistics.fmean(r[k] for r in mine) for k in MEANS]
             gains = [r["accuracy"] - plain[r["seed"]] for r in mine if r["seed"] in plain]
             lines.append([
                 name, f"{means[0]:.4f} ({means[1]:.4f}–{means[2]:.4f})",
@@ -171,10 +174,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("zoo", type=Path, help="folder of the zoo")
-    parser.add_argument("--metanet", choices=METANETS, default="NFN")
+    parser.add_argument("--metanet", choices=METANETS, default="GMN + probes")
     parser.add_argument("--only", nargs="*", choices=AUGMENTATIONS, default=list(AUGMENTATIONS))
     parser.add_argument("--limits", nargs="*", type=int, default=[1000, 3000, 10000])
-    parser.add_argument("--epochs", nargs="*", type=int, default=[90, 30, 10], help="each limit's")
+    parser.add_argument("--epochs", nargs="*", type=int, default=[80, 30, 9], help="each limit's")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("augment_quality.jsonl"))

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from wspace.errors import TraceError, message
-from wspace.trace.inputs import whole
+from wspace.trace.inputs import note_inputs
 from wspace.trace.meta import MetaRunner
 from wspace.trace.program import ACTIVE, CONST, INPUT, PARAM, Call, Program, Value
 from wspace.trace.sandbox import (
@@ -262,10 +262,7 @@ class _Recorder(TorchDispatchMode):
             raise TraceError("trace: example inputs must be real tensors (got a meta tensor)")
         meta = shaped and tensor.is_floating_point()
         fresh = torch.empty_like(tensor, device="meta") if meta else tensor.detach().clone()
-        value = Value(fresh, INPUT)
-        value.inputs, value.whole = frozenset((len(self.program.inputs),)), True
-        self.program.inputs.append(value)
-        fresh._wspace = value  # type: ignore[attr-defined]
+        fresh._wspace = self.program.add_input(Value(fresh, INPUT))  # type: ignore[attr-defined]
         return fresh
 
     def _value(self, tensor: Tensor) -> Value:
@@ -340,11 +337,9 @@ class _Recorder(TorchDispatchMode):
                 device = "cpu"
             if self.abstract and kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": torch.device(device)}
-            read = frozenset[int]().union(*(v.inputs for v in values))
-            self.program.overwritten |= read if inplace else set()
             out = self._mark(func(*args, **kwargs), kind)
-            for made in (self._value(x) for x in tree_leaves(out) if isinstance(x, Tensor)):
-                made.inputs, made.whole = read, whole(name, values, made)
+            made = [self._value(x) for x in tree_leaves(out) if isinstance(x, Tensor)]
+            note_inputs(self.program, name, values, made, inplace=inplace)
             return out
         has_rule = self.known(name, func)
         if not has_rule and (out := self._decompose(func, args, kwargs)) is not NotImplemented:

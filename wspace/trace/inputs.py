@@ -33,20 +33,26 @@ Read = tuple[int, str, int, int]
 """Input, matrix, the matrix' dimension over coordinates, and where they begin there."""
 
 
-def whole(name: str, values: list[Value], out: Value) -> bool:
-    """True if a value made of inputs alone still is one of them.
+def note_inputs(
+    program: Program, name: str, values: list[Value], outs: list[Value], *, inplace: bool
+) -> None:
+    """Says of values that are made of inputs alone from which ones, and whether they still are one.
 
     Args:
+        program: The program under way.
         name: Of the operator.
         values: What it was applied to.
-        out: Its result.
-
-    Returns:
-        Whether the result is a whole input.
+        outs: Its results.
+        inplace: True if it wrote to its first operand.
     """
+    read = frozenset[int]().union(*(v.inputs for v in values))
     kept = name in KEEP and len(values) == 1 and values[0].whole
-    kept = kept and out.dtype.is_floating_point
-    return kept and bool(out.shape) and out.shape[-1:] == values[0].shape[-1:]
+    for out in outs:
+        out.inputs = read
+        same = bool(out.shape) and out.shape[-1:] == values[0].shape[-1:] if kept else False
+        out.whole = same and out.dtype.is_floating_point
+    if inplace:
+        program.overwritten |= read
 
 
 def inputs_of(program: Program) -> tuple[Input, ...]:

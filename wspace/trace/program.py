@@ -91,3 +91,9 @@ class Program:
     overwritten: set[int] = field(default_factory=set)
     concrete: bool = False
     reason: str = ""
+
+    def add_input(self, value: Value) -> Value:
+        """The value, counted among the module's inputs."""
+        value.inputs, value.whole = frozenset((len(self.inputs),)), True
+        self.inputs.append(value)
+        return value
