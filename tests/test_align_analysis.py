@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import wspace
+import wspace.align
 from wspace.align.dimension import dimension_bound, functional_dimension
 from wspace.align.distances import embed, function_distances, weight_distances
 from wspace.errors import MeasureError, MergeError
@@ -181,6 +182,31 @@ def test_weight_distances_count_parameters_once(name: str, generator: torch.Gene
             assert abs(float(found[i, j]) - want) <= EXACT * max(want, 1)
 
 
+def test_aligned_distances_are_those_of_orbits(generator: torch.Generator) -> None:
+    module = mlp(3, 11, 2)
+    space = wspace.trace(module, torch.zeros(1, 3))
+    bases = some_states(module, generator, 3)
+    states = [
+        wspace.act(wspace.sample(space, generator=generator), bases[i % 3], space) for i in range(7)
+    ]
+    plain = weight_distances(states, space)
+    for chunk in (1, 4, 100):
+        found = weight_distances(states, space, align=True, chunk=chunk)
+        assert torch.equal(found, found.mT)
+        assert bool((found <= plain + EXACT).all())
+        for i in range(7):
+            for j in range(7):
+                if i % 3 == j % 3:
+                    assert found[i, j] < EXACT
+                else:
+                    t = wspace.align.match(states[min(i, j)], states[max(i, j)], space)
+                    moved = wspace.act(t, states[max(i, j)], space)
+                    want = weight_distances([states[min(i, j)], moved], space)[0, 1]
+                    assert_close(want, found[i, j])
+                    assert found[i, j] > 1
+    assert float(plain[0, 3]) > 1  # moved copies of one model, before matching
+
+
 # --- maps -----------------------------------------------------------------------------
 
 
@@ -194,6 +220,7 @@ def test_points_come_back_from_their_distances(dims: int, generator: torch.Gener
         assert found.explained == pytest.approx(1)
         assert float(found.points.mean(0).abs().max()) < EXACT
         assert_same(found.points, embed(distances.clone(), dims).points)
+        assert bool((found.points.max(0).values >= -found.points.min(0).values).all())
         spread = found.points.square().sum(0)
         assert bool((spread[:-1] >= spread[1:]).all())
         assert_close(found.eigenvalues[:dims], spread)

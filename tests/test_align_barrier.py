@@ -1,5 +1,6 @@
 """Losses between models: heights, alignment, BatchNorm, and the module left as it was."""
 
+import copy
 import math
 import random
 from collections.abc import Iterator
@@ -61,8 +62,6 @@ def states(module: nn.Module, generator: torch.Generator, count: int = 2) -> lis
 
 def direct(module: nn.Module, state: State) -> float:
     """The loss at a state, by a copy of the module."""
-    import copy
-
     module = copy.deepcopy(module).eval()
     module.load_state_dict(state)
     with torch.no_grad():
@@ -162,6 +161,48 @@ def test_a_moved_model_is_behind_a_barrier_until_it_is_brought_back(
         assert max(found.losses[0], found.losses[-1]) <= EXACT
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_matching_takes_the_barrier_away(norm: bool, generator: torch.Generator) -> None:
+    """One hidden layer, where matching always finds the way back; also with statistics."""
+    module = mlp(3, 11, 2, norm=norm)
+    space = wspace.trace(module, torch.zeros(2, 3))
+    for _ in range(5):
+        (a,) = states(module, generator, 1)
+        b = wspace.act(wspace.sample(space, generator=generator), a, space)
+        loss = distance_to(functional_call(module.eval(), a, data()[0]))
+        found = barrier(module, a, b, loss, space=space, points=5)
+        assert found.aligned is not None and found.transform is not None
+        assert found.height > 0.1 and found.straight.heights["worst"] > 0.1
+        assert max(found.aligned.heights.values()) < EXACT
+        assert_same(a, wspace.act(found.transform, b, space))
+        again = barrier(module, a, b, loss, transform=found.transform, points=5)
+        assert again.aligned is not None
+        assert torch.equal(again.aligned.losses, found.aligned.losses)
+        if norm:
+            batches = [data(4)[0], data(5)[0]]
+            loss = distance_to(reestimated(module, a, batches)(data()[0]))
+            found = barrier(module, a, b, loss, space=space, points=5, refresh=batches)
+            assert found.aligned is not None
+            assert found.height > 0.1
+            assert found.aligned.height < EXACT
+
+
+def distance_to(y: Tensor) -> Any:
+    def loss(m: nn.Module) -> dict[str, Tensor]:
+        found = m(data()[0])
+        return {"mse": F.mse_loss(found, y), "worst": (found - y).abs().max()}
+
+    return loss
+
+
+@torch.no_grad()
+def reestimated(module: nn.Module, state: State, batches: list[Tensor]) -> nn.Module:
+    module = copy.deepcopy(module)
+    module.load_state_dict(state)
+    reestimate(module, batches, frozen=True)
+    return module.eval()
+
+
 # --- BatchNorm ------------------------------------------------------------------------
 
 
@@ -172,13 +213,13 @@ def test_statistics_are_estimated_at_every_point(generator: torch.Generator) -> 
     path = loss_path(module, a, b, mse, points=5, refresh=batches)
     plain = loss_path(module, a, b, mse, points=5)
     assert not any(torch.isclose(x, y) for x, y in zip(path.losses, plain.losses, strict=True))
-    import copy
-
     for t, found in zip(path.points.tolist(), path.losses.tolist(), strict=True):
         other = copy.deepcopy(module).train()
         other.load_state_dict(interpolate(a, b, t))
         reestimate(other, batches)
         assert found == direct(other, other.state_dict())
+    module.eval()  # as it is once trained
+    assert torch.equal(path.losses, loss_path(module, a, b, mse, points=5, refresh=batches).losses)
     made = [0]
 
     def again() -> list[Any]:

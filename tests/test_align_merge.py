@@ -9,13 +9,13 @@ import cases_hf as hf
 import pytest
 import torch
 from cases import CASES, build
-from oracles import state_of
+from oracles import gap, outputs, state_of
 from torch import Tensor, nn
 
 import wspace
 from wspace.align.combine import Method, interpolated, merged
 from wspace.align.merge import interpolate, interpolating, merge, merging
-from wspace.errors import MergeError
+from wspace.errors import MergeError, SpaceMismatch
 from wspace.io import load_checkpoint, save_checkpoint
 from wspace.testing import TOLERANCE, assert_close, assert_same
 
@@ -144,12 +144,17 @@ def test_arcs_are_rotations(generator: torch.Generator, float64: None) -> None:
 
 
 @pytest.mark.parametrize("gap_", [0.0, 1e-12, 1e-7, 1e-5, 1e-3])
-def test_arcs_of_near_parallel_tensors_are_lines(gap_: float, generator: torch.Generator) -> None:
+def test_arcs_of_near_parallel_tensors_are_lines(
+    gap_: float, generator: torch.Generator, float64: None
+) -> None:
     """Without a jump where the formula is changed: the two differ by the angle's square."""
     a = torch.randn(9, generator=generator, dtype=torch.float64)
     b = 1.5 * a + gap_ * torch.randn(9, generator=generator, dtype=torch.float64)
     found, line = interpolated(a, b, 0.3, kind="spherical"), 0.7 * a + 0.3 * b
     assert float((found - line).abs().max()) <= max(10 * gap_**2, EXACT)
+    if gap_ == 1e-3:
+        assert_close(arc_oracle(a, b, 0.3), found)
+        assert float((found - line).abs().max()) > 1e3 * EXACT
     for other in (-a, torch.zeros(9, dtype=torch.float64)):
         assert_close(0.7 * a + 0.3 * other, interpolated(a, other, 0.3, kind="spherical"))
 
@@ -337,6 +342,8 @@ def test_ties_of_the_space_stay(name: str, generator: torch.Generator) -> None:
     found = merge([a, b], space, align=False)
     assert all(found[tie] is found[p.name] for tie in p.ties)
     assert_close((a[p.name] + b[p.name]) / 2, found[p.name])
+    found = merge([dict(reversed(a.items())), b], space, align=False)  # the tie comes first
+    assert all(found[tie] is found[p.name] for tie in p.ties)
     without = merge([a, b])
     assert not any(without[tie] is without[p.name] for tie in p.ties)
 
@@ -416,3 +423,121 @@ def test_streamed_is_whole(label: str, tmp_path: Path, generator: torch.Generato
             "w"
         ],
     )
+
+
+# --- in one frame ---------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "relu": (nn.ReLU, ("permutation",)),
+    "relu_scale": (nn.ReLU, ("permutation", "scale")),
+    "gelu": (nn.GELU, ("permutation",)),
+    "tanh_sign": (nn.Tanh, ("permutation", "sign")),
+}
+
+
+def one_layer(label: str) -> tuple[nn.Module, wspace.WeightSpace, tuple[str, ...]]:
+    act, kinds = ACTIVATIONS[label]
+    module = nn.Sequential(nn.Linear(3, 11), act(), nn.Linear(11, 2)).double()
+    return module, wspace.trace(module, torch.zeros(1, 3, dtype=torch.float64)), kinds
+
+
+def differs(module: nn.Module, a: State, b: State, generator: torch.Generator) -> float:
+    x = torch.randn(17, 3, generator=generator, dtype=torch.float64)
+    return gap(outputs(module, a, (x,), {}), outputs(module, b, (x,), {}))
+
+
+@pytest.mark.parametrize("label", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "options", [{}, {"align": "many"}, {"method": "slerp"}, {"weights": [3, 1]}]
+)
+def test_a_model_merged_with_itself_moved_is_itself(
+    label: str, options: dict[str, Any], generator: torch.Generator
+) -> None:
+    module, space, kinds = one_layer(label)
+    for _ in range(15):
+        a = random_like(state_of(module), generator)
+        t = wspace.sample(space, generator=generator, kinds=kinds)
+        b = wspace.act(t, a, space)
+        found = merge([a, b], space, kinds=kinds, **options)
+        assert differs(module, a, found, generator) < EXACT
+        plain = merge([a, b], space, kinds=kinds, **options | {"align": False})
+        assert differs(module, a, plain, generator) > 1e-3
+        for kind in ("linear", "spherical"):
+            found = interpolate(a, b, 0.3, kind=kind, space=space, kinds=kinds)
+            assert differs(module, a, found, generator) < EXACT
+            if "scale" not in kinds:
+                assert_close(a, found)
+
+
+def beside(state: State, distance: float, generator: torch.Generator) -> State:
+    other = random_like(state, generator)
+    return {n: x + distance * other[n] for n, x in state.items()}
+
+
+def test_many_models_are_merged_in_one_frame(generator: torch.Generator) -> None:
+    module, space, _ = one_layer("relu")
+    a = random_like(state_of(module), generator)
+    near = [beside(a, 0.01, generator) for _ in range(5)]
+    moved = [wspace.act(wspace.sample(space, generator=generator), s, space) for s in near]
+    for align in (True, "first", "many"):
+        found = merge(moved, space, align=align)  # type: ignore[arg-type]
+        assert differs(module, merge(near), found, generator) < EXACT
+    assert differs(module, merge(near), merge(moved), generator) > 1e-3
+
+
+@pytest.mark.parametrize("label", ["task", "task_weighted", "ties", "ties_weighted"])
+def test_models_are_brought_to_their_base(label: str, generator: torch.Generator) -> None:
+    """So that differences to it are those of training, whatever moved the models since."""
+    module, space, _ = one_layer("relu")
+    base = random_like(state_of(module), generator)
+    tuned = [beside(base, 0.02, generator) for _ in range(3)]
+    moved = [wspace.act(wspace.sample(space, generator=generator), s, space) for s in tuned]
+    want = merge(tuned, base=base, **OPTIONS[label])
+    assert_close(want, merge(moved, space, base=base, **OPTIONS[label]))
+    without = merge(moved, base=base, **OPTIONS[label])
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(want, without)
+
+
+def test_rows_are_matched_for_themselves(generator: torch.Generator) -> None:
+    module, space, _ = one_layer("relu")
+    rows = [random_like(state_of(module), generator) for _ in range(4)]
+    moved = [wspace.act(wspace.sample(space, generator=generator), s, space) for s in rows]
+    a, b = ({n: torch.stack([s[n] for s in x]) for n in rows[0]} for x in (rows, moved))
+    assert_close(a, merge([a, b], space))
+    for kind in ("linear", "spherical"):
+        found = interpolate(a, b, [0, 0.4], kind=kind, space=space)
+        assert_close(a, {n: x[0] for n, x in found.items()})
+        assert_close(a, {n: x[1] for n, x in found.items()})
+
+
+FRAMES = """mlp_batchnorm autoencoder_tied moe_dispatch lstm resnet18 unet shufflenet_v2
+            attention_unbind language_model_tied swiglu""".split()
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_the_second_end_has_the_second_model_s_function(
+    name: str, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """Buffers, ties and families move along, in a stream as in memory."""
+    module, args, kwargs = build(name)
+    space = wspace.trace(module, args, kwargs)
+    a, b = (random_like(state_of(module), generator) for _ in range(2))
+    for s in (a, b):
+        s |= {n: x.abs() + 0.5 for n, x in s.items() if n.endswith("running_var")}
+    found = interpolate(a, b, 1, space=space)
+    assert gap(outputs(module, b, args, kwargs), outputs(module, found, args, kwargs)) < EXACT
+    assert any(not torch.equal(found[n], b[n]) for n in b)  # it did move
+    save_checkpoint(interpolating(a, b, 0.3, space=space), tmp_path / "s.safetensors")
+    want = interpolate(a, b, 0.3, space=space)
+    stored = load_checkpoint(tmp_path / "s.safetensors")
+    assert_same({n: want[n] for n in stored}, dict(stored))
+
+
+def test_a_state_that_does_not_fit_the_space(generator: torch.Generator) -> None:
+    module, space, _ = one_layer("relu")
+    a, b = (random_like(state_of(module), generator) for _ in range(2))
+    del b["0.bias"]
+    for call in (lambda: merge([a, b], space), lambda: interpolate(a, b, 0.5, space=space)):
+        with pytest.raises(SpaceMismatch, match=r"0\.bias"):
+            call()

@@ -1,5 +1,7 @@
 """Matching, merging and comparing networks up to their symmetries."""
 
+from wspace.align.activations import ActivationMatching as ActivationMatching
+from wspace.align.activations import match_activations as match_activations
 from wspace.align.barrier import Barrier as Barrier
 from wspace.align.barrier import LossPath as LossPath
 from wspace.align.barrier import barrier as barrier
@@ -19,3 +21,6 @@ from wspace.align.merge import interpolate as interpolate
 from wspace.align.merge import interpolating as interpolating
 from wspace.align.merge import merge as merge
 from wspace.align.merge import merging as merging
+from wspace.align.units import GroupUnits as GroupUnits
+from wspace.align.units import UnitReport as UnitReport
+from wspace.align.units import compare_units as compare_units

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wspace.action import State, Transform, act
 from wspace.align.combine import Kind, check_kind, interpolated
+from wspace.align.match import match
 from wspace.align.merge import check_agreement, combines
 from wspace.batchnorm import Batches, reestimate
 from wspace.errors import MeasureError, MergeError, message
@@ -159,8 +160,6 @@ def barrier(
     _check(module, a, b, refresh)
     check_kind(kind)
     if transform is None and space is not None:
-        from wspace.align.match import match
-
         transform = match(a, b, space, kinds=kinds, generator=generator)
     straight = loss_path(module, a, b, loss, **options)
     if transform is None:

@@ -223,7 +223,7 @@ def _elected(xs: Sequence[Tensor], method: Method, batch: int) -> Tensor:
     ).sign()
     total, weight = torch.zeros_like(xs[-1]), torch.zeros_like(xs[-1])
     for w, move in zip(weights, moves, strict=True):
-        agrees = (move.sign() == sign) & (sign != 0)
+        agrees = move.sign() == sign
         total = total + torch.where(agrees, w * move, 0.0)
         weight = weight + w * agrees.to(weight)
     return total / weight.where(weight != 0, 1.0)

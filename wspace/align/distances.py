@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from wspace.action import State, act
+from wspace.align.match import match
 from wspace.align.merge import check_agreement
 from wspace.batchnorm import moved
 from wspace.errors import MeasureError, message
@@ -177,8 +178,6 @@ def weight_distances(
         for name in names:
             total += _squares(torch.stack([_real(s[name]).cpu().double() for s in states]))
         return total.sqrt()
-    from wspace.align.match import match
-
     out = torch.zeros(len(states), len(states), dtype=torch.float64)
     pairs = [(i, j) for j in range(len(states)) for i in range(j)]
     known = [p.name for p in space.params]

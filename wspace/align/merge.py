@@ -20,8 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wspace.action import State, Transform, moved
+from wspace.action import State
 from wspace.align.combine import Kind, Method, Name, check_kind, interpolated, merged
+from wspace.align.match import match, match_many
+from wspace.align.pairing import Moved, batch_of
 from wspace.errors import MergeError, message
 from wspace.io import LazyState
 from wspace.io.layout import tied_names
@@ -104,18 +106,16 @@ def interpolating(
     places = torch.as_tensor(t, dtype=torch.float64).reshape(-1).tolist()
     if not torch.as_tensor(t).dim() <= 1:
         raise MergeError(message("interpolate: t has too many axes", expected="at most one"))
-    states = [a, b]
-    check_agreement(states, space, "interpolate")
+    batch = check_agreement([a, b], space, "interpolate")
+    end = b
     if space is not None:
-        (move,) = _transforms([a, b], space, kinds, generator, many=False)[1:]
-        states = [a, _Moved(move, b, space)]
-    batch = _batch(a, space)
+        end = Moved(match(a, b, space, kinds=kinds, generator=generator), b, space)
 
     def compute(name: str) -> Tensor:
-        x = states[0][name]
+        x = a[name]
         if not combines(x):
             return x.expand(len(places), *x.shape) if several else x
-        y = states[1][name]
+        y = end[name]
         found = [interpolated(x, y, place, kind=kind, batch=batch) for place in places]
         return torch.stack(found) if several else found[0]
 
@@ -223,13 +223,16 @@ def merging(
             )
         )
     everyone = [*states, *([] if base is None else [base])]
-    check_agreement(everyone, space, "merge")
-    ties, read = _ties(everyone, space), list[State](states)
-    if space is not None and align:
-        frame = [] if base is None else [base]
-        moves = _transforms([*frame, *states], space, kinds, generator, many=many)[len(frame) :]
-        read = [_Moved(t, x, space) for t, x in zip(moves, states, strict=True)]
-    batch = _batch(states[0], space)
+    batch = check_agreement(everyone, space, "merge")
+    read = list[State](states)
+    if space is not None and align and many:
+        moves = match_many(states, space, kinds=kinds, generator=generator)
+        read = [Moved(t, x, space) for t, x in zip(moves, states, strict=True)]
+    elif space is not None and align:
+        frame = states[0] if base is None else base
+        moves = {i: match(frame, x, space, kinds=kinds, generator=generator)
+                 for i, x in enumerate(states) if x is not frame}  # fmt: skip
+        read = [Moved(moves[i], x, space) if i in moves else x for i, x in enumerate(states)]
 
     def compute(name: str) -> Tensor:
         if not combines(states[0][name]):
@@ -237,40 +240,10 @@ def merging(
         origin = None if base is None else base[name]
         return merged([x[name] for x in read], how, origin, batch=batch)
 
-    return LazyState(states[0], compute, ties=ties)
+    return LazyState(states[0], compute, ties=_ties(everyone, space))
 
 
 # ------------------------------------------------------------------------------- parts
-
-
-class _Moved:
-    """A state under a group element, moved one tensor at a time; as it is without one."""
-
-    def __init__(self, transform: Transform | None, state: State, space: WeightSpace) -> None:
-        self.transform, self.state, self.space = transform, state, space
-
-    def __getitem__(self, name: str) -> Tensor:
-        if self.transform is None:
-            return self.state[name]
-        return moved(self.transform, name, self.state, self.space)
-
-
-def _transforms(
-    states: Sequence[State],
-    space: WeightSpace,
-    kinds: Sequence[str],
-    generator: torch.Generator | None,
-    *,
-    many: bool,
-) -> list[Transform | None]:
-    """What brings each state into one frame: that of the first, which stays, unless `many`."""
-    from wspace.align.match import match, match_many
-
-    if many:
-        return list(match_many(states, space, kinds=kinds, generator=generator))
-    first = states[0]
-    found = [match(first, x, space, kinds=kinds, generator=generator) for x in states[1:]]
-    return [None, *found]
 
 
 def _whole(state: LazyState) -> dict[str, Tensor]:
@@ -288,14 +261,6 @@ def combines(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def _batch(state: State, space: WeightSpace | None) -> int:
-    """Number of leading axes of a state that count models."""
-    if space is None or not space.params:
-        return 0
-    p = space.params[0]
-    return state[p.name].dim() - len(p.axes)
-
-
 def _ties(states: Sequence[State], space: WeightSpace | None) -> list[list[str]]:
     """Names that are one tensor: by the space, and beyond it those that are one in all states."""
     params, by_space = ((), {}) if space is None else (space.params, space.by_name)
@@ -311,20 +276,23 @@ def _ties(states: Sequence[State], space: WeightSpace | None) -> list[list[str]]
     return [g for g in (*groups, *found.values()) if len(g) > 1]
 
 
-def check_agreement(states: Sequence[State], space: WeightSpace | None, verb: str) -> None:
-    """Checks that the states can be combined.
+def check_agreement(states: Sequence[State], space: WeightSpace | None, verb: str) -> int:
+    """Checks that states can be combined.
 
     Args:
         states: The models, and the base if there is one.
         space: Their space.
         verb: For the message.
 
+    Returns:
+        Number of leading axes that count models; 0 without a space.
+
     Raises:
         MergeError: Listing all that do not agree.
     """
+    batch: tuple[int, ...] = ()
     if space is not None:
-        for state in states:
-            space.validate(state)
+        batch = batch_of({f"state {i}": x for i, x in enumerate(states, 1)}, space, verb)
     wrong = [
         text for i, state in enumerate(states[1:], 2) for text in _differs(states[0], state, i)
     ]
@@ -337,6 +305,7 @@ def check_agreement(states: Sequence[State], space: WeightSpace | None, verb: st
                 help="leave names out, or dequantize integers, before you combine them",
             )
         )
+    return len(batch)
 
 
 def _differs(first: State, other: State, number: int) -> Iterator[str]:
