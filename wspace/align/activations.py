@@ -108,7 +108,7 @@ def match_activations(
         >>> space, state = wspace.trace(mlp, torch.zeros(1, 3)), mlp.state_dict()
         >>> t = wspace.sample(space)
         >>> found = match_activations(
-        ...     space, state, act(t, state, space), [torch.randn(99, 3)], module=mlp
+        ...     space, state, wspace.act(t, state, space), [torch.randn(99, 3)], module=mlp
         ... )
         >>> torch.equal(found.permutations["h1"], wspace.inverse(t).permutations["h1"])
         True
@@ -131,7 +131,7 @@ def match_activations(
         observer, network(a, module), network(b, module), rows=rows, centred=kind == "correlation"
     )
     seen = pair.watch(batches, inputs, signs="sign" in kinds)
-    return _assigned(space, seen, kind, threads)
+    return assigned(space, seen, kind, threads)
 
 
 # ------------------------------------------------------------------------- assignment
@@ -189,7 +189,8 @@ class _Tables:
         return value.reshape(prod(sizes) // n, n, prod(sizes) // n, n)
 
 
-def _assigned(space: WeightSpace, seen: Seen, kind: str, threads: int) -> ActivationMatching:
+def assigned(space: WeightSpace, seen: Seen, kind: str, threads: int = 1) -> ActivationMatching:
+    """The best transform by what a pass over the data saw; see `match_activations`."""
     tables = _Tables(space, seen, kind)
     unobserved = dict(seen.unobserved)
     below: dict[str, Tensor] = {}

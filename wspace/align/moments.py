@@ -103,12 +103,14 @@ class SeenSite:
         label: Where it was seen, for reading.
         flips: Sign gauges that flip it.
         moments: Over all samples.
+        control: The same with the second model's samples shuffled, if asked for.
     """
 
     group: str
     label: str
     flips: tuple[int, ...]
     moments: Moments
+    control: Moments | None = None
 
     def table(self, kind: str) -> Tensor:
         """Correlations, or sums of products, of all units of both models: ``(units, units)``."""
@@ -139,6 +141,7 @@ class Pair:
         rows: Samples per result and batch at most.
         centred: Take means out.
         within: Also co-moments of each model with itself.
+        control: Also those with the second model's samples shuffled, batch by batch.
     """
 
     observer: Observer
@@ -147,6 +150,7 @@ class Pair:
     rows: int | None = None
     centred: bool = True
     within: bool = False
+    control: bool = False
 
     def watch(
         self,
@@ -172,6 +176,7 @@ class Pair:
         device = next((x.device for x in (*self.a.parameters(), *self.a.buffers())), None)
         plan: Plan | None = None
         total: dict[Key, Moments] = {}
+        shuffled: dict[Key, Moments] = {}
         flips: Flips = {}
         for batch in batches() if callable(batches) else batches:
             args, kwargs = (inputs or inputs_of)(moved(batch, device))
@@ -179,11 +184,7 @@ class Pair:
                 plan = self.observer.plan(self.a, args, kwargs)
                 if signs:
                     flips = sign_flips(self.observer, self.a, args, kwargs)
-            for key, moments in self._batch(args, kwargs).items():
-                if key in total:
-                    total[key].merge(moments)
-                else:
-                    total[key] = moments
+            self._batch(args, kwargs, (total, shuffled))
         if plan is None:
             raise MeasureError(
                 message(
@@ -195,33 +196,47 @@ class Pair:
         for key, moments in total.items():
             flip = flips.get(key) if signs else ()
             if flip is not None and moments.count:
-                sites.append(SeenSite(key[0], key[2], flip, moments))
+                sites.append(SeenSite(key[0], key[2], flip, moments, shuffled.get(key)))
         lost = {s.group for s in plan.sites} - {s.group for s in sites}
         return Seen(sites, {**plan.unobserved, **dict.fromkeys(sorted(lost), LOST)})
 
-    def _batch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key, Moments]:
-        """Moments, on one batch, of every site that both models have."""
+    def _batch(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        totals: tuple[dict[Key, Moments], dict[Key, Moments]],
+    ) -> None:
+        """Adds the moments, on one batch, of every site that both models have."""
         held: dict[Key, Tensor] = {}
-        moments: dict[Key, Moments] = {}
+        new: tuple[dict[Key, Moments], dict[Key, Moments]] = {}, {}
 
         def hold(plan: Plan) -> Use:
             held.clear()
             return lambda i, x: held.__setitem__(plan.keys[i], self._units(x).clone())
 
         def compare(plan: Plan) -> Use:
-            moments.clear()
+            for moments in new:
+                moments.clear()
 
             def use(i: int, features: Tensor) -> None:
                 key, y = plan.keys[i], self._units(features)
                 x = held.get(key)
-                if x is not None and x.shape == y.shape:
-                    moments[key] = Moments(x, y, centred=self.centred, within=self.within)
+                if x is None or x.shape != y.shape:
+                    return
+                new[0][key] = Moments(x, y, centred=self.centred, within=self.within)
+                if self.control:
+                    new[1][key] = Moments(x, _shuffled(y), centred=self.centred)
 
             return use
 
         self.observer.run(self.a, args, kwargs, hold)
         self.observer.run(self.b, args, kwargs, compare)
-        return moments
+        for total, batch in zip(totals, new, strict=True):
+            for key, moments in batch.items():
+                if key in total:
+                    total[key].merge(moments)
+                else:
+                    total[key] = moments
 
     def _units(self, x: Tensor) -> Tensor:
         """Features ``(samples, *over, size)`` as ``(samples, units)``, evenly thinned out."""
@@ -232,6 +247,12 @@ class Pair:
                 step += 1
             x = x[torch.arange(self.rows, device=x.device) * step % count]
         return x.reshape(len(x), prod(x.shape[1:]))
+
+
+def _shuffled(x: Tensor) -> Tensor:
+    """Samples in another order, the same for every tensor of this length."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(len(x)))
+    return x[order.to(x.device)]
 
 
 def inputs_of(batch: Any) -> Inputs:

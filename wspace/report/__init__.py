@@ -9,5 +9,6 @@ from wspace.report.losses import plot_losses
 from wspace.report.models import plot_models
 from wspace.report.page import Report
 from wspace.report.space import plot_space
+from wspace.report.units import plot_units
 
-__all__ = ["Report", "plot_graph", "plot_losses", "plot_models", "plot_space"]
+__all__ = ["Report", "plot_graph", "plot_losses", "plot_models", "plot_space", "plot_units"]
