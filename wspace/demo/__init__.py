@@ -1,4 +1,4 @@
-"""The demonstration: small networks trained, converted, moved, proved and nowcast, on one page.
+"""The demonstration: small networks trained, converted, moved, proved, nowcast and aligned.
 
 A list of steps, each a function that does one thing for real, prints what it found and adds it to
 the page. Nothing is downloaded: the digits are scikit-learn's, the other networks come from their
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wspace
+from wspace.demo.aligning import align_zoo
 from wspace.demo.nowcasting import nowcast
 from wspace.demo.zoo import ask, build_zoo, train_metanets
 from wspace.errors import MissingExtra, message
@@ -368,6 +369,7 @@ STEPS: tuple[tuple[str, Callable[[Stage], None]], ...] = (
     ("A transformer as a graph", _transformer),
     ("Nowcast a training run", nowcast),
     ("Build a zoo of classifiers", build_zoo),
+    ("Align networks of the zoo", align_zoo),
     ("Train networks on weights", train_metanets),
     ("Ask about a checkpoint", ask),
 )
