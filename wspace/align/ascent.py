@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wspace.align.assign import Ask, Shift, Similarity
+from wspace.align.assign import Ask, Key, Shift, Similarity, inner_product
 from wspace.align.blocks import Block, Moves
 from wspace.align.pieces import Slot
 from wspace.align.quadratic import quadratic
@@ -78,6 +78,7 @@ class Ascent:
         self.blocks = [b for b in blocks if any(s.group in free for s in b.slots)]
         self.of = {g: [b for b in self.blocks if b.places(g)] for g in symmetry.sizes}
         self.gain = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.kept: dict[tuple[object, ...], dict[tuple[Key, torch.dtype], Tensor]] = {}
         self.moves = Moves(symmetry.over, symmetry.phases)
         for g in symmetry.permuted:
             shape = self.shape(g)
@@ -92,6 +93,24 @@ class Ascent:
         """Shape of one number for each unit of a group, ``(rows, *over, size)``."""
         over = (self.extent[o] for o in self.symmetry.over[group])
         return (self.rows, *over, self.symmetry.sizes[group])
+
+    def part(self, rows: Tensor) -> "Ascent":
+        """The same for some of the rows; what it finds is not found here before `absorb`."""
+        blocks = [b.part(rows) for b in self.blocks]
+        found = Ascent(blocks, self.symmetry, self.extent, len(rows), self.device)
+        found.moves.permutations = {g: x[rows] for g, x in self.moves.permutations.items()}
+        found.moves.factors = {i: x[rows] for i, x in self.moves.factors.items()}
+        return found
+
+    def absorb(self, part: "Ascent", rows: Tensor) -> None:
+        """Takes over what a part of the rows has found."""
+        for mine, found in (
+            (self.moves.permutations, part.moves.permutations),
+            (self.moves.factors, part.moves.factors),
+        ):
+            for key, x in found.items():
+                mine[key] = mine[key].index_copy(0, rows, x)
+        self.gain.index_add_(0, rows, part.gain)
 
     # ------------------------------------------------------------------ units
 
@@ -213,7 +232,8 @@ class Ascent:
             shape = (*shape[:-1], 0)
         return a.permute(order).reshape(shape), b.permute(order).reshape(shape)
 
-    def _key(self, slot: Slot) -> tuple[int, ...]:
+    def key(self, slot: Slot) -> Key:
+        """Gauges whose sign multiplies along a slot."""
         return tuple(sorted(i for i, e in slot.exponents if e % 2 and i in self.symmetry.gauges))
 
     # ------------------------------------------------------------------ a group alone
@@ -245,17 +265,69 @@ class Ascent:
 
     def _similarity(self, g: str, here: Blocks, *, pairs: bool = False) -> Similarity:
         """Of units of A with units of B: all, ``(rows * contexts, n, n)``, or those in one place."""
+        if pairs:
+            return self._paired(g, here)
+        same = [b for b in here if b.constant(g, self.symmetry.sizes)]
+        tables = dict(self._kept(g, same)) if same else {}
+        shared = {*tables}
+        for block in here:
+            if block not in same:
+                self._add(g, block, tables, shared)
+        out = Similarity()
+        for (key, _), table in tables.items():
+            out.add(key, table)
+        self._shift(g, here, out, pairs=False)
+        return out
+
+    def _kept(self, g: str, same: Blocks) -> dict[tuple[Key, torch.dtype], Tensor]:
+        """Tables of blocks that no other group moves: computed once, if larger than the tables."""
+        name = (g, *map(id, same))
+        if name in self.kept:
+            return self.kept[name]
+        tables: dict[tuple[Key, torch.dtype], Tensor] = {}
+        for block in same:
+            self._add(g, block, tables, set())
+        if sum(b.size for b in same) >= self.of_contexts(g) * self.symmetry.sizes[g] ** 2:
+            self.kept[name] = tables
+        return tables
+
+    def _add(
+        self,
+        g: str,
+        block: Block,
+        tables: dict[tuple[Key, torch.dtype], Tensor],
+        shared: set[tuple[Key, torch.dtype]],
+    ) -> None:
+        """Adds a block's inner products to the table of its signs; shared tables stay as they are."""
+        a, b = self.read(block, g, skip=(g,))
+        key = (self.key(block.slots[block.places(g)[0]]), a.dtype)
+        if key in shared:
+            tables[key] = torch.baddbmm(tables[key], a, b.mT)
+            shared.discard(key)
+        elif key in tables:
+            tables[key].baddbmm_(a, b.mT)
+        else:
+            tables[key] = a @ b.mT
+
+    def _paired(self, g: str, here: Blocks) -> Similarity:
+        """Of each unit of A with the unit of B in its place: ``(rows * contexts, n)``."""
         out = Similarity()
         for block in here:
             a, b = self.read(block, g, skip=(g,))
+            out.add(self.key(block.slots[block.places(g)[0]]), (a.double() * b).sum(-1))
+        self._shift(g, here, out, pairs=True)
+        return out
+
+    def _shift(self, g: str, here: Blocks, out: Similarity, *, pairs: bool) -> None:
+        """Adds what phases of a group shift."""
+        for block in here:
             slot = block.slots[block.places(g)[0]]
-            out.add(self._key(slot), (a.double() * b).sum(-1) if pairs else a @ b.mT)
             for i, amount in slot.shifts:
                 if i in self.symmetry.phases:
+                    a, b = self.read(block, g, skip=(g,))
                     x, y = a.double().sum(-1), b.double().sum(-1)
                     x, y = (x, y) if pairs else (x[:, :, None], y[:, None])
-                    out.shifts.append(Shift(self._key(slot), i, amount, a.shape[-1], x, y))
-        return out
+                    out.shifts.append(Shift(self.key(slot), i, amount, a.shape[-1], x, y))
 
     # ------------------------------------------------------ a group and its dependants
 
@@ -308,7 +380,7 @@ class Ascent:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for block in here:
             a, b = self.read(block, g, skip=())
-            total = total + (a.double() * b).flatten(1).sum(1)
+            total = total + inner_product(a, b)
         return total
 
     def _put(
@@ -375,7 +447,7 @@ class Ascent:
         for block in self.blocks if here is None else here:
             a, b = block.load()
             moved = self.moves.apply(block.slots, b, frozenset())
-            total += (a.double() * moved).flatten(1).sum(1)
+            total += inner_product(a, moved)
             if any(i in self.symmetry.phases for slot in block.slots for i, _ in slot.shifts):
                 total -= 0.5 * (moved.double() ** 2 - b.double() ** 2).flatten(1).sum(1)
         return total
@@ -400,7 +472,7 @@ class Ascent:
         gain = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         least = self._least(here)
         for i, name in self.symmetry.gauges.items():
-            odd = [(b, [k for k in b.places(g) if i in self._key(b.slots[k])]) for b in here]
+            odd = [(b, [k for k in b.places(g) if i in self.key(b.slots[k])]) for b in here]
             if name != g or i in self.symmetry.phases or any(len(ks) > 1 for _, ks in odd):
                 continue
             slope = torch.zeros(self.shape(g), dtype=torch.float64, device=self.device)

@@ -20,6 +20,9 @@ WORTH_A_THREAD = 96
 """Smallest assignment (units) that is worth handing to another thread; below, scipy needs less time
 than the hand-over."""
 
+PIECE = 1 << 19
+"""Numbers that are made float64 at a time."""
+
 
 class Assigner:
     """Solves linear assignments, several at once.
@@ -91,6 +94,16 @@ class Assigner:
 
 def _assigned(cost: np.ndarray) -> np.ndarray:
     return linear_sum_assignment(cost, maximize=True)[1]
+
+
+def inner_product(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product of each row of two tensors, ``(rows,)``, computed in float64."""
+    x, y = x.flatten(1), y.flatten(1)
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for u, v in zip(x.split(PIECE, 1), y.split(PIECE, 1), strict=True):
+        u, v = u.double(), v.double()
+        total += (u[0] @ v[0]) if len(u) == 1 else (u * v).sum(1)
+    return total
 
 
 # -------------------------------------------------------------- signs and phases

@@ -1,6 +1,6 @@
 """Pairs of pieces, one of A and one of B, and how B's is moved by what has been found so far."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,19 @@ class Block:
     load: Callable[[], Pair]
     error: Tensor
     size: int = 0
+
+    def constant(self, group: str, free: Container[str]) -> bool:
+        """True if no other free group is in it, so that its inner products stay."""
+        return all(slot.group == group or slot.group not in free for slot in self.slots)
+
+    def part(self, rows: Tensor) -> "Block":
+        """The same for some of the rows."""
+
+        def load() -> Pair:
+            a, b = self.load()
+            return a.index_select(0, rows), b.index_select(0, rows)
+
+        return Block(self.slots, load, self.error[rows], self.size)
 
     def places(self, group: str) -> list[int]:
         """Positions of the slots of a group."""

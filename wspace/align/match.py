@@ -208,9 +208,9 @@ class _Search:
         extent = {name: g.size for name, g in self.space.all_groups.items()}
         pairing = self.pairing
         problem = Ascent(pairing.blocks, self.symmetry, extent, pairing.rows, pairing.device)
-        begin(start, problem, self.assigner, generator)
+        unsure = begin(start, problem, self.assigner, generator)
         problem.gain.zero_()
-        course = climb(problem, self.assigner, self.sweeps)
+        course = climb(problem, self.assigner, self.sweeps, unsure)
         reached = self._aside(problem) + problem.total()
         course.history = [
             reached - problem.gain,

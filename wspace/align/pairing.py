@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wspace.action import State, Transform, moved
 from wspace.align.ascent import Symmetry
+from wspace.align.assign import inner_product
 from wspace.align.blocks import Block
 from wspace.align.pieces import Piece, pieces
 from wspace.errors import SpaceMismatch, message
@@ -222,11 +223,3 @@ def _block(
     sizes = x.flatten(1).norm(dim=1).double() * y.flatten(1).norm(dim=1).double()
     inner = inner_product(x, y)
     return Block(piece.slots, load, torch.finfo(x.dtype).eps * sizes, x[0].numel()), inner
-
-
-def inner_product(x: Tensor, y: Tensor) -> Tensor:
-    """Inner product of each row, computed in float64."""
-    x, y = x.flatten(1), y.flatten(1)
-    if len(x) == 1:
-        return (x[0].double() @ y[0].double())[None]
-    return (x.double() * y.double()).sum(1)

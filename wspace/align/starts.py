@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from wspace.align.ascent import Ascent
 from wspace.align.assign import Assigner
 from wspace.align.blocks import Block
+from wspace.align.climb import apart
+from wspace.align.sinkhorn import anneal
 
 STARTS = ("forward", "sinkhorn", "identity", "random")
 
 
 def begin(
     start: str, problem: Ascent, assigner: Assigner, generator: torch.Generator | None
-) -> None:
+) -> set[int]:
     """Sets an ascent to its start.
 
     Args:
@@ -22,11 +23,17 @@ def begin(
         problem: The ascent, at the identity; changed in place.
         assigner: Solves assignments.
         generator: Source of randomness, on the CPU.
+
+    Returns:
+        Units that may gain; the others are known to be best as they are.
     """
     if start == "random":
         scatter(problem, generator)
     elif start == "forward":
-        forward(problem, assigner)
+        return forward(problem, assigner)
+    elif start == "sinkhorn":
+        anneal(problem, assigner)
+    return {*range(len(problem.units))}
 
 
 def scatter(problem: Ascent, generator: torch.Generator | None) -> None:
@@ -41,7 +48,7 @@ def scatter(problem: Ascent, generator: torch.Generator | None) -> None:
         problem.moves.permutations[g] = keys.argsort(-1).to(problem.device)
 
 
-def forward(problem: Ascent, assigner: Assigner) -> None:
+def forward(problem: Ascent, assigner: Assigner) -> set[int]:
     """Starts by matching each group by what meets only groups that are matched already.
 
     First the group of which most is known at once (the first layer's), then, with that matched,
@@ -50,17 +57,29 @@ def forward(problem: Ascent, assigner: Assigner) -> None:
     Args:
         problem: The ascent; changed in place.
         assigner: Solves assignments.
+
+    Returns:
+        Units that may gain; the others are known to be best as they are.
     """
     known: set[str] = {*problem.symmetry.sizes} - {g for u in problem.units for g in u}
-    left = [*range(len(problem.units))]
+    left, unsure = [*range(len(problem.units))], {*range(len(problem.units))}
+    total = [_weight(_blocks(problem, unit)) for unit in problem.units]
     while left:
         ready = {i: _known(problem, problem.units[i], known) for i in left}
-        share = {i: _weight(ready[i]) / _weight(_blocks(problem, problem.units[i])) for i in left}
+        share = {i: _weight(ready[i]) / total[i] for i in left}
         best = max(left, key=lambda i: share[i])
-        if ready[best]:
-            assigner.run([problem.unit_step(problem.units[best], ready[best])])
-        known |= {*problem.units[best]}
-        left.remove(best)
+        whole = [i for i in left if share[i] == 1.0]
+        now = apart(whole, problem.neighbours, assigner.threads) if whole else [best]
+        steps = [problem.unit_step(problem.units[i], ready[i]) for i in now if ready[i]]
+        gained = iter(assigner.run(steps))
+        for i in now:
+            if ready[i] and bool(next(gained).any()):
+                unsure |= problem.neighbours[i]
+            if i in whole and problem.exact(problem.units[i]):
+                unsure.discard(i)
+            known |= {*problem.units[i]}
+            left.remove(i)
+    return unsure
 
 
 def _blocks(problem: Ascent, unit: Sequence[str]) -> list[Block]:
