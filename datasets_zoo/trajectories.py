@@ -100,7 +100,9 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectories(Counted):
-    """A zoo of training trajectories; see the top of this file.
+    """States of small networks every few steps of Adam, for nowcasting.
+
+    See the top of this file.
 
     Attributes:
         network: One of `NETWORKS`.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wspace import load_checkpoint, trace
 from wspace.cli import main
-from wspace.cli.series import NOTE, read_series, step_of
+from wspace.cli.series import NOTE, find_series, read_series, step_of
 from wspace.nowcast import NiNoGraph, NiNoMLP, save
 
 NET = """
@@ -260,6 +260,11 @@ def test_unknown_predictor_and_horizon(run: Runner) -> None:
     assert code == 2 and "no predictor 'nothing'" in err and "linear, average" in err
     code, _, err = run(*files, "--out", "a.safetensors")
     assert code == 2 and "how far?" in err and "got none" in err
+    assert "only --predictor average does without" in err
+    code, _, err = run("nowhere_*.safetensors", "--out", "a.safetensors")
+    assert code == 2 and "too few checkpoints" in err  # before what is missing beside them
+    code, _, err = run(*files, "--predictor", "nino.pt", "--horizon", "1", "--out", "a.safetensors")
+    assert code == 2 and "no predictor 'nino.pt'" in err and "fetched by you" in err
     save(NiNoMLP(8), "mine.safetensors")
     words = ("--predictor", "mine.safetensors", "--out", "a.safetensors")
     code, _, err = run(*files, *words, "--horizon", "41")
@@ -269,6 +274,43 @@ def test_unknown_predictor_and_horizon(run: Runner) -> None:
     code, _, err = run(*files[:3], *words, "--horizon", "4")
     assert code == 2 and "expected 5, oldest first\n  got 3" in err
     assert run(*files, "--horizon", "400", "--out", "a.safetensors").code == 0  # a line has no end
+
+
+def test_help_says_which_predictors_need_a_horizon(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["nowcast", "--help"])
+    assert "all predictors but average need it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_files_that_are_no_predictors(run: Runner) -> None:
+    """A run's checkpoint points at the predictor that the run has left."""
+    files = written(states())
+    words = (*files, "--horizon", "1", "--out", "a.safetensors", "--predictor")
+    code, _, err = run(*words, files[0])
+    assert code == 2 and "weights of another network: 0.bias" in err
+    assert "training leaves predictor.safetensors" in err
+    Path("version_0/checkpoints").mkdir(parents=True)
+    last = "version_0/checkpoints/last.safetensors"
+    save_file({"metanet.w": torch.zeros(1)}, last, {"format": "wspace-task-1"})
+    code, _, err = run(*words, last)
+    assert code == 2 and "a checkpoint to resume training from" in err
+    assert "training leaves predictor.safetensors" in err
+    save(NiNoMLP(8), "version_0/predictor.safetensors")
+    code, _, err = run(*words, last)
+    assert code == 2 and "of that run is version_0/predictor.safetensors" in err
+    save_file({"w": torch.zeros(1)}, "later.safetensors", {"format": "wspace-predictor-1"})
+    code, _, err = run(*words, "later.safetensors")
+    assert code == 2 and "a later version wrote it" in err
+
+
+def test_tied_tensors_count_once(run: Runner) -> None:
+    """As they do among those that moved."""
+    for i in range(5):
+        tied = torch.full((2, 3), float(i))
+        names = {"b": "a"}  # as safetensors' `save_model` notes them
+        save_file({"a": tied, "n": torch.tensor(3)}, f"step_{i}.safetensors", names)
+    code, out, err = run("step_*.safetensors", "--horizon", "1", "--out", "ahead.safetensors")
+    assert code == 0 and "1 of 2 tensors" in out, err
+    assert load_checkpoint("ahead.safetensors").keys() == {"a", "b", "n"}
 
 
 # --- which checkpoints ------------------------------------------------------
@@ -360,6 +402,90 @@ def test_names_without_steps_are_taken_as_given(run: Runner) -> None:
     assert_close(dict(load_checkpoint("a.safetensors")), ahead(some, 1))
 
 
+def lightning(state: dict[str, Tensor], step: int | None) -> dict[str, Any]:
+    """A checkpoint such as Lightning writes; of no step if None."""
+    more = {} if step is None else {"global_step": step}
+    return {"state_dict": state, "epoch": 1, "optimizer_states": [{"state": {}}], **more}
+
+
+def test_a_name_without_a_step_is_put_in_order_by_its_file(run: Runner) -> None:
+    """`last.ckpt` among names with steps: Lightning and wspace note the step inside."""
+    some = states(3)
+    torch.save(lightning(some[0], 100), "step=100.ckpt")
+    torch.save(lightning(some[1], 200), "step=200.ckpt")
+    torch.save(lightning(some[2], 300), "last.ckpt")
+    names = ["step=100.ckpt", "step=200.ckpt", "last.ckpt"]
+    code, out, err = run(*names, "--horizon", "1", "--out", "a.safetensors")
+    assert code == 0 and "steps 100 to 300" in out and "to step 400" in out, err
+    for wrong in ([names[2], *names[:2]], [names[0], names[2], names[1]]):
+        code, _, err = run(*wrong, "--horizon", "1", "--out", "b.safetensors")
+        assert code == 2 and "oldest first" in err and "step 300 of last.ckpt" in err
+    save_file(some[2], "last.safetensors", {"global_step": "300"})
+    words = (*names[:2], "last.safetensors", "--horizon", "1", "--out", "c.safetensors")
+    code, out, err = run(*words)
+    assert code == 0 and "steps 100 to 300" in out, err
+    assert not Path("b.safetensors").exists()
+
+
+def test_files_of_one_number_are_put_in_order_by_what_they_hold(run: Runner) -> None:
+    """Best and last of two runs of a network whose name ends in a number, say."""
+    for name, step, state in zip(("old18", "new18"), (10, 20), states(2), strict=True):
+        torch.save(lightning(state, step), f"{name}.ckpt")
+    words = ("--horizon", "1", "--out", "a.safetensors")
+    code, _, err = run("new18.ckpt", "old18.ckpt", *words)
+    assert code == 2 and "oldest first" in err
+    code, out, err = run("old18.ckpt", "new18.ckpt", *words)
+    assert code == 0 and "steps 10 to 20" in out, err
+
+
+@pytest.mark.parametrize("last", ["last.ckpt", "checkpoint-300.ckpt"])
+def test_what_cannot_be_put_in_order_is_refused(run: Runner, last: str) -> None:
+    """A step that only some have orders nothing; nor do numbers of two kinds."""
+    some = states(3)
+    torch.save(lightning(some[0], None), "step=100.ckpt")
+    torch.save(lightning(some[1], None), "step=200.ckpt")
+    torch.save(lightning(some[2], None), last)
+    names = ("step=100.ckpt", "step=200.ckpt", last)
+    code, _, err = run(*names, "--horizon", "1", "--out", "a.safetensors", "--allow-uneven")
+    assert code == 2 and "nothing says in which order" in err
+    assert f"no step of {last}" in err and "step 200 of step=200.ckpt" in err
+    assert not Path("a.safetensors").exists()
+
+
+def test_nothing_in_a_checkpoint_is_run_for_its_step(run: Runner) -> None:
+    class Strange:
+        def __reduce__(self) -> Any:
+            return Path("ran").touch, ()
+
+    for i, state in enumerate(states(2)):
+        torch.save({**lightning(state, i), "more": Strange()}, f"{'ab'[i]}.ckpt")
+    code, _, err = run("a.ckpt", "b.ckpt", "--horizon", "1", "--out", "a.safetensors")
+    assert code == 2 and "asks to run code" in err and not Path("ran").exists()
+
+
+@pytest.mark.parametrize("where", ["run", "run/*"])
+def test_several_kinds_of_files_in_a_folder(run: Runner, where: str) -> None:
+    some = states()
+    written(some, "run/step_{}.safetensors")
+    for i, state in enumerate(some):
+        torch.save(lightning(state, 100 * i + 150), f"run/step_{100 * i + 150}.ckpt")
+    code, _, err = run(where, "--horizon", "1", "--out", "a.safetensors")
+    assert code == 2 and "several kinds" in err and "5 .ckpt" in err and "5 .safetensors" in err
+    assert "'run/*.ckpt'" in err or "'run/*.safetensors'" in err
+    code, out, err = run("run/*.ckpt", "--horizon", "1", "--out", "a.safetensors")
+    assert code == 0 and "steps 150 to 550" in out, err
+
+
+@pytest.mark.parametrize("where", ["run", "run/*"])
+def test_the_half_that_training_resumes_from_is_no_checkpoint(run: Runner, where: str) -> None:
+    """`wspace fit` writes it beside every checkpoint."""
+    written(states(), "run/epoch=0-step={}.safetensors")
+    for i in range(1, 6):
+        torch.save({"optimizer_states": []}, f"run/epoch=0-step={100 * i}.resume.pt")
+    code, out, err = run(where, "--horizon", "1", "--out", "a.safetensors")
+    assert code == 0 and "steps 100 to 500" in out, err
+
+
 # --- what it refuses --------------------------------------------------------
 
 
@@ -380,7 +506,7 @@ def test_steps_have_to_follow_each_other(run: Runner) -> None:
 
 def test_two_checkpoints_of_one_step(run: Runner) -> None:
     written(states(), "run/step_{}.safetensors")
-    torch.save(states()[-1], "run/step_500.pt")
+    save_file(states()[-1], "run/epoch=1-step=500.safetensors")
     code, _, err = run("run", "--horizon", "1", "--out", "a.safetensors")
     assert code == 2 and "each of another step" in err
 
@@ -465,7 +591,7 @@ def test_reads_by_memory_map(run: Runner, suffix: str) -> None:
     for file in files:
         state = {"w": torch.zeros(4 << 20)}
         save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
-    series = read_series(files, 5)
+    series = read_series(find_series(files, 5))
     assert [file_of(state["w"]) for state in series.states] == files
     assert file_of(series.states[0]["w"] + 1) not in files
     assert series.spacing == 1 and series.steps == (0, 1, 2, 3, 4)

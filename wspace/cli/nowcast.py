@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from wspace.cli import screen
-from wspace.cli.series import NOTE, Series, read_series
+from wspace.cli.series import NOTE, Series, find_series, read_series
 from wspace.cli.subject import Subject, open_subject
 from wspace.cli.target import check_file, refuse_inputs, single_file
 from wspace.errors import CheckpointError, WSpaceError, message
@@ -32,7 +32,6 @@ CONTEXT = 5
 """Checkpoints that a built-in predictor takes out of a folder."""
 STATISTICS = ("running_mean", "running_var")
 """Last words of the names of floating-point buffers that training changes."""
-"""Entry of the file's metadata that says how it was made."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,10 @@ def nowcast_options(it: argparse.ArgumentParser) -> None:
         "published (.pt) (%(default)s)",
     )
     it.add_argument(
-        "--horizon", metavar="K", type=int, help="how far to go, in spacings of the checkpoints"
+        "--horizon",
+        metavar="K",
+        type=int,
+        help="how far to go, in spacings of the checkpoints; all predictors but average need it",
     )
     it.add_argument(
         "--context", metavar="N", type=int, help="how many checkpoints a built-in predictor sees"
@@ -104,9 +106,9 @@ def nowcast(args: argparse.Namespace, out: Console) -> int:
     target = Path(args.out)
     check_file("nowcast", target, force=args.force, such="ahead.safetensors")
     predictor = _predictor(args)
+    listed = find_series(args.checkpoints, predictor.context)
     horizon = _horizon(args, predictor)
-    count = predictor.context
-    series = read_series(args.checkpoints, count, key=args.key, uneven=args.allow_uneven)
+    series = read_series(listed, key=args.key, uneven=args.allow_uneven)
     refuse_inputs("nowcast", target, series.paths)
     found = _predicted(args, series, predictor, horizon)
     with screen.working(f"writing {target}"):
@@ -136,10 +138,15 @@ def _predictor(args: argparse.Namespace) -> Predictor:
                 )
             )
         if name not in SHIPPED and not Path(name).is_file():
+            published = name.endswith(TORCH_SUFFIXES)
             raise WSpaceError(
                 message(
                     f"nowcast: there is no predictor {name!r}",
                     expected=f"{', '.join((*BUILT_IN, *SHIPPED))}, or a file",
+                    help="nothing is downloaded: published predictors are files of "
+                    "github.com/SamsungSAILMontreal/nino, to be fetched by you"
+                    if published
+                    else "",
                 )
             )
         return load_published(name) if name.endswith(TORCH_SUFFIXES) else load(name)
@@ -164,7 +171,8 @@ def _horizon(args: argparse.Namespace, predictor: Predictor) -> int:
         most = "" if isinstance(predictor, LinearFit) else f", at most {predictor.longest}"
         got = "none" if args.horizon is None else str(args.horizon)
         expected = f"--horizon K: how many spacings of the checkpoints to go{most}"
-        raise WSpaceError(message("nowcast: how far?", expected=expected, got=got))
+        help = "" if args.horizon else "only --predictor average does without"
+        raise WSpaceError(message("nowcast: how far?", expected=expected, got=got, help=help))
     return args.horizon
 
 
@@ -344,7 +352,8 @@ def _ratio(part: float, whole: float) -> float | None:
 def _show(out: Console, found: Nowcast, data: dict[str, Any], *, everything: bool) -> None:
     series, horizon = found.series, found.horizon
     moved = [row for row in data["tensors"] if row["largest"]]
-    what = f"{len(moved)} of {screen.plural(len(found.state), 'tensor')}, "
+    every = len(found.names) + len(found.left)  # not all names: some are of one tensor
+    what = f"{len(moved)} of {screen.plural(every, 'tensor')}, "
     what += screen.plural(sum(row["elements"] for row in moved), "element")
     ahead = screen.plural(horizon, "spacing")
     if isinstance(found.predictor, Average):

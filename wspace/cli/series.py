@@ -1,15 +1,19 @@
-"""The last checkpoints of a run: found, ordered by the steps in their names, and read.
+"""The last checkpoints of a run: found, put in order or checked to be, and read.
 
 A step is the number after ``step``; else after ``checkpoint``, ``ckpt``, ``iter`` or ``epoch``;
 else the one that a name ends with. A file whose name has none has that of its folder, as
-``checkpoint-200/model.safetensors``.
+``checkpoint-200/model.safetensors``. Where the names of files that are listed do not say it, the
+files may: Lightning's and wspace's hold their ``global_step``.
 """
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from wspace.cli.headers import notes_of
 from wspace.cli.screen import working
@@ -19,6 +23,7 @@ from wspace.io.layout import INDEX, TORCH_SUFFIXES, WIDE
 from wspace.nowcast.forecast import finite
 
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+RESUME = ".resume.pt"
 WORDS = (r"steps?[=_-]?(\d+)", r"(?:checkpoint|ckpt|iter|iteration|epoch)[=_-]?(\d+)")
 PATTERNS = tuple(re.compile(text, re.IGNORECASE) for text in (*WORDS, r"(\d+)$"))
 
@@ -33,7 +38,7 @@ class Series:
 
     Attributes:
         paths: Where they are.
-        steps: Their steps; None if the names do not say.
+        steps: Their steps; None if neither names nor files say.
         states: What they hold, read by memory map.
     """
 
@@ -48,36 +53,61 @@ class Series:
         return gaps[0] if len(set(gaps)) == 1 else None
 
 
-def read_series(
-    words: Sequence[str], count: int, *, key: str | None = None, uneven: bool = False
-) -> Series:
+class Listed(NamedTuple):
+    """Checkpoints that are there, not read yet.
+
+    Attributes:
+        paths: Where they are.
+        steps: Their steps, if names alone put all of them in order.
+    """
+
+    paths: tuple[Path, ...]
+    steps: tuple[int, ...] | None
+
+
+def find_series(words: Sequence[str], count: int) -> Listed:
     """The checkpoints that the words of a command name.
 
     Args:
         words: Paths, oldest first; or one folder or pattern, of which the last are taken.
         count: How many are needed.
-        key: Which of several states in a torch file.
-        uneven: Take them although their steps are not equally far apart.
 
     Returns:
-        As many as are needed, of the same names, shapes and types, with finite values.
+        As many as are needed.
 
     Raises:
-        CheckpointError: If there are not as many, or they do not belong together.
+        CheckpointError: If there are not as many, or they are of several kinds.
     """
-    paths, steps = _listed(words, count)
-    if len(paths) != count:
+    found = _listed(words, count)
+    if len(found.paths) != count:
         raise CheckpointError(
             message(
                 "nowcast: this is not the number of checkpoints that the predictor needs",
                 expected=f"{count}, oldest first",
-                got=f"{len(paths)}",
+                got=f"{len(found.paths)}",
                 help="one folder, or a pattern in quotes, stands for its last ones"
-                if len(paths) > count
+                if len(found.paths) > count
                 else "",
             )
         )
-    _check_steps(paths, steps, uneven=uneven)
+    return found
+
+
+def read_series(listed: Listed, *, key: str | None = None, uneven: bool = False) -> Series:
+    """What the checkpoints hold.
+
+    Args:
+        listed: From `find_series`.
+        key: Which of several states in a torch file.
+        uneven: Take them although their steps are not equally far apart.
+
+    Returns:
+        States of the same names, shapes and types, with finite values.
+
+    Raises:
+        CheckpointError: If they do not belong together, or nothing says in which order.
+    """
+    paths, steps = listed
     if made := [str(path) for path in paths if path.is_file() and NOTE in notes_of(path)]:
         raise CheckpointError(
             message(
@@ -87,8 +117,13 @@ def read_series(
                 help="write predictions to another folder, or name the checkpoints one by one",
             )
         )
+    if steps is not None:
+        _check_steps(paths, steps, uneven=uneven)  # before what may take long
     with working("reading checkpoints"):
         states = tuple(load_checkpoint(path, key=key) for path in paths)
+        if steps is None:
+            steps = _steps_within(paths, states)
+            _check_steps(paths, steps or (), uneven=uneven)
         _check_states(paths, states)
     return Series(paths, steps, states)
 
@@ -108,21 +143,26 @@ def step_of(path: Path) -> tuple[int, int] | None:
 # ------------------------------------------------------------------------ finding
 
 
-def _listed(words: Sequence[str], count: int) -> tuple[tuple[Path, ...], tuple[int, ...] | None]:
+def _listed(words: Sequence[str], count: int) -> Listed:
     first = Path(words[0])
     if len(words) == 1 and first.is_dir():
         return _last([item for item in first.iterdir() if _is_checkpoint(item)], words[0], count)
     if len(words) == 1 and glob.has_magic(words[0]) and not first.exists():
-        return _last([Path(name) for name in glob.glob(words[0])], words[0], count)  # noqa: PTH207
+        items = [Path(name) for name in glob.glob(words[0])]  # noqa: PTH207
+        return _last([item for item in items if not _is_half(item)], words[0], count)
     paths = tuple(map(Path, words))
     if lost := [str(path) for path in paths if not path.exists()]:
         help = "paths of checkpoints; nothing is ever downloaded"
         raise CheckpointError(message("nowcast: there are no such files", got=lost, help=help))
-    found = [step_of(path) for path in paths]
-    known = [item for item in found if item is not None]
-    same = len(known) == len(paths) and len({rank for rank, _ in known}) == 1
-    steps = tuple(step for _, step in known)
-    return paths, steps if same and (len(set(steps)) > 1 or len(steps) == 1) else None
+    found = [step for path in paths if (step := step_of(path)) is not None]
+    steps = tuple(step for _, step in found)
+    same = len(found) == len(paths) and len({rank for rank, _ in found}) == 1
+    return Listed(paths, steps if same and _says_order(steps, found[0][0]) else None)
+
+
+def _says_order(steps: Sequence[int], rank: int) -> bool:
+    """Whether numbers are steps: those of one word, or else such as differ."""
+    return rank == 0 or len(steps) == 1 or len(set(steps)) > 1
 
 
 def _is_checkpoint(item: Path) -> bool:
@@ -130,16 +170,40 @@ def _is_checkpoint(item: Path) -> bool:
     ends = (*SUFFIXES, INDEX)
     if item.is_dir():
         return any(file.name.endswith(ends) for file in item.iterdir())
-    return item.name.endswith(ends)
+    return item.name.endswith(ends) and not _is_half(item)
 
 
-def _last(
-    items: Sequence[Path], where: str, count: int
-) -> tuple[tuple[Path, ...], tuple[int, ...]]:
+def _is_half(item: Path) -> bool:
+    """Whether a file is what `wspace fit` writes beside a checkpoint, to resume from."""
+    beside = item.name.removesuffix(RESUME) + SUFFIXES[0]
+    return item.name.endswith(RESUME) and item.with_name(beside).exists()
+
+
+def _kind(item: Path) -> str:
+    """What an entry is, in words."""
+    if item.is_dir():
+        return "folders"
+    return next((end for end in (INDEX, *SUFFIXES) if item.name.endswith(end)), item.suffix)
+
+
+def _last(items: Sequence[Path], where: str, count: int) -> Listed:
     """The last checkpoints by step, of those whose names say it most plainly."""
     found = [(*step, item) for item in items if (step := step_of(item)) is not None]
     best = min((rank for rank, _, _ in found), default=0)
-    rows = sorted((step, item) for rank, step, item in found if rank == best)[-count:]
+    rows = sorted((step, item) for rank, step, item in found if rank == best)
+    kinds = Counter(_kind(item) for _, item in rows)
+    if len(kinds) > 1:
+        folder = Path(where) if Path(where).is_dir() else Path(where).parent
+        one = next((kind for kind, _ in kinds.most_common() if kind != "folders"), "")
+        raise CheckpointError(
+            message(
+                f"nowcast: {where} has checkpoints of several kinds",
+                expected="one kind, as a training run writes them",
+                got=", ".join(f"{number} {kind}" for kind, number in kinds.most_common()),
+                help=f"choose by a pattern in quotes, such as '{folder / ('*' + one)}'",
+            )
+        )
+    rows = rows[-count:]
     if len(rows) < count:
         raise CheckpointError(
             message(
@@ -148,7 +212,49 @@ def _last(
                 got=[str(item) for _, item in rows] or "none",
             )
         )
-    return tuple(item for _, item in rows), tuple(step for step, _ in rows)
+    return Listed(tuple(item for _, item in rows), tuple(step for step, _ in rows))
+
+
+# ------------------------------------------------------------------------- order
+
+
+def _steps_within(paths: Sequence[Path], states: Sequence[Checkpoint]) -> tuple[int, ...] | None:
+    """Steps by the plainest names and by what the files hold; None if nothing says any."""
+    named = [step_of(path) for path in paths]
+    plain = [found[1] if found and found[0] == 0 else None for found in named]
+    steps = [x if x is not None else _held(y) for x, y in zip(plain, states, strict=True)]
+    known = [step for step in steps if step is not None]
+    if len(known) == len(steps):
+        return tuple(known)
+    loose = [found for found in named if found is not None]
+    some = len({step for _, step in loose}) > 1 or len(loose) not in {0, len(named)}
+    if not known and not some:
+        return None
+    got = [
+        f"{'no step' if step is None else f'step {step}'} of {path}"
+        for path, step in zip(paths, steps, strict=True)
+    ]
+    raise CheckpointError(
+        message(
+            "nowcast: nothing says in which order these checkpoints are",
+            expected="all of them with a step, in their names or as global_step inside; or none",
+            got=got,
+            help="rename them, such as step_100.ckpt, step_200.ckpt; a folder or a pattern in "
+            "quotes leaves out those without a step",
+        )
+    )
+
+
+def _held(state: Checkpoint) -> int | None:
+    """The step that a training checkpoint says it is of: Lightning's, or one of wspace."""
+    for level in (*state.layout.siblings[:1], *state.layout.metadata.values()):
+        found: Any = level.get("global_step")
+        if isinstance(found, str):
+            with suppress(ValueError):
+                found = int(found)
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
+    return None
 
 
 # ----------------------------------------------------------------------- checking

@@ -71,7 +71,9 @@ def load_published(path: str | Path, **options: Any) -> Predictor:
         held = torch.load(path, map_location="cpu", weights_only=True)
         state, form = held["state_dict"], dict(held["model_args"])
     except FileNotFoundError as error:
-        raise CheckpointError(f"load_published: no file {str(path)!r}") from error
+        help = "nothing is downloaded: fetch it from github.com/SamsungSAILMontreal/nino"
+        text = message(f"load_published: no file {str(path)!r}", help=help)
+        raise CheckpointError(text) from error
     except Exception as error:
         raise CheckpointError(_bad(path, [f"{type(error).__name__}: {error}"])) from error
     if not isinstance(state, Mapping) or "edge_proj.fc.0.weight" not in state:

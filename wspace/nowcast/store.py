@@ -14,6 +14,11 @@ TRAINED = Path(__file__).parent / "trained"
 SHIPPED = tuple(sorted(file.stem for file in TRAINED.glob("*.safetensors")))
 """Names of the predictors that come with the package."""
 
+LEFT = (
+    "training leaves predictor.safetensors in the folder of the run; published predictors are .pt "
+    "files (`load_published`)"
+)
+
 _FORMS = {"NiNoMLP": NiNoMLP, "NiNoGraph": NiNoGraph, "WNN": WNN}
 
 
@@ -58,7 +63,7 @@ def load(name: str | Path, **options: Any) -> NiNoMLP | NiNoGraph | WNN:
     metadata, state = _read(path)
     form = _FORMS.get(metadata.get("form", ""))
     if metadata.get("format") != FORMAT or form is None:
-        raise CheckpointError(_bad(path, f"{metadata.get('format')!r}, {metadata.get('form')!r}"))
+        raise CheckpointError(_bad(path, *_other(path, metadata, state)))
     chosen = form.checked("load", options)
     try:
         predictor = form(**{**json.loads(metadata["options"]), **chosen})
@@ -96,11 +101,23 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
 
 
-def _bad(path: Path, got: str) -> str:
+def _other(path: Path, metadata: Mapping[str, str], state: Mapping[str, Any]) -> tuple[str, str]:
+    """What a file is that is no predictor, and what to take instead."""
+    held = metadata.get("format", "")
+    if held == FORMAT:
+        return f"a predictor of the form {metadata.get('form')!r}", "a later version wrote it"
+    if held.startswith("wspace-task"):
+        near = path.parent.parent / "predictor.safetensors"
+        help = f"the predictor of that run is {near}" if near.is_file() else LEFT
+        return "a checkpoint to resume training from", help
+    return f"weights of another network: {', '.join(list(state)[:3])}", LEFT
+
+
+def _bad(path: Path, got: str, help: str = LEFT) -> str:
     known = ", ".join(SHIPPED) or "none in this version"
     return message(
         f"load: {str(path)!r} is not a predictor",
         expected=f"a file written by `wspace.nowcast.save`, or a name: {known}",
         got=got,
-        help="`load_published` reads the published checkpoints",
+        help=help,
     )
