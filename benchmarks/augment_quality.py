@@ -46,6 +46,8 @@ from wspace.augment import (
 from wspace.lit import Classification, Optimization, ZooDataModule
 
 KEEP = ("permutation", "sign", "phase")
+SMALL = (0.8, 1.0)
+"""Bounds of the weight of a network itself, where others are to have small shares."""
 AUGMENTATIONS: dict[str, Callable[[], list[Augment]]] = {
     "none": list,
     "symmetry": lambda: [Symmetry(KEEP)],
@@ -61,9 +63,15 @@ AUGMENTATIONS: dict[str, Callable[[], list[Augment]]] = {
     "mixup, permuted": lambda: [PermutedMixUp(kinds=KEEP)],
     "mixup, aligned": lambda: [AlignedMixUp()],
     "mixup, self": lambda: [SelfMixUp()],
+    "mixup, small shares": lambda: [MixUp(SMALL)],
+    "mixup, permuted, small shares": lambda: [PermutedMixUp(SMALL, kinds=KEEP)],
+    "mixup, aligned, small shares": lambda: [AlignedMixUp(SMALL)],
     "input maps": lambda: [Rotate(15), Zoom(0.2), Translate(0.25)],
     "combined": lambda: [Translate(0.25), Noise(0.2), Symmetry(KEEP), AlignedMixUp()],
-    "input maps, then aligned": lambda: [Rotate(15), Zoom(0.2), Translate(0.25), AlignedMixUp()],
+    "input maps, then aligned": lambda: [
+        *(Rotate(15), Zoom(0.2), Translate(0.25)),
+        AlignedMixUp(SMALL),
+    ],
 }
 """What is done to training networks; the first is what the others are compared with."""
 

@@ -129,13 +129,14 @@ class Wiring:
         nodes: Node sets; the first is the global one.
         blocks: Uses of parameters, and structural connections, in order of execution.
         unknown: Operators through which units could not be followed.
-        inputs: How the module reads its input tensors, in their order; empty if that is not known.
+        inputs: How the module reads its input tensors, in their order; empty if that is not known,
+            as in files of earlier versions, whose wirings are equal to those of this one.
     """
 
     nodes: tuple[NodeSet, ...]
     blocks: tuple[Block, ...]
     unknown: tuple[str, ...] = field(default_factory=tuple)
-    inputs: tuple[Input, ...] = field(default_factory=tuple)
+    inputs: tuple[Input, ...] = field(default_factory=tuple, compare=False)
 
     @classmethod
     def later(cls, derive: Callable[[], Self]) -> Self:

@@ -248,7 +248,10 @@ def input_of(space: WeightSpace, number: int = 0, *, shifted: bool = False) -> I
             message(
                 f"augment: no input {number}",
                 expected=f"one of the {len(inputs)} tensors that the networks take",
-                help="" if inputs else "trace the module with this version of wspace",
+                help=""
+                if inputs
+                else "the space is of an earlier version of wspace: trace the module, or build the "
+                "zoo, anew",
             )
         )
     found = inputs[number]
