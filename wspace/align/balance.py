@@ -1,0 +1,338 @@
+r"""Balancing: the positive scales under which a network's weights have the least total square.
+
+Multiplying the units of a gauge by :math:`s_u = e^{x_u}` multiplies an entry by
+:math:`e^{\langle k, x\rangle}`, so the total square is a sum of exponentials of linear functions of
+:math:`x`: convex, and strictly so in every direction that changes the weights. Its minimum is
+therefore one state of the orbit, whatever state of the orbit it was found from. For a unit of a
+ReLU network it is where the incoming and outgoing weights have the same norm (path-SGD's and
+weight decay's fixed point; Neyshabur, Salakhutdinov, Srebro 2015; Stock et al. 2019, "Equi-norm").
+
+Where all weights of a unit scale the same way there is no minimum: the unit's own exponents are
+then met by a counterweight :math:`-2x_u`, which puts its weights at unit norm. A unit without
+weights keeps the factor 1.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from wspace.action import State, Transform, shape_of
+from wspace.align.laying import batch_of, places
+from wspace.align.pieces import Piece, pieces
+from wspace.space import WeightSpace
+
+STILL = 1e-12
+FORCING = 1e-4
+
+
+def balance(state: State, space: WeightSpace, *, steps: int = 100) -> Transform:
+    """The scales that make the total square of a state least.
+
+    Newton's method; its linear systems by conjugate gradients, which read every tensor once or
+    twice. Buffers that a gauge multiplies count; tied tensors count once.
+
+    Commutes with permutations and signs, and gives the same state wherever in the orbit of the
+    scales it starts, up to rounding. If the zeros of the weights let some entries shrink for ever
+    while none grows, as in some pruned networks, there is no minimum: it stops after `steps`.
+
+    Args:
+        state: Tensors by name, ``(*batch, *shape)``; read one at a time, and the squares of those
+            that some scale moves are kept in float64.
+        space: Weight space of the state.
+        steps: Largest number of Newton steps.
+
+    Returns:
+        A transform of scales only, batched if the state is: ``act(balance(state, space), state,
+        space)`` is the balanced state.
+
+    Raises:
+        SpaceMismatch: If the state does not fit the space.
+
+    Example:
+        >>> import torch, wspace
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+        >>> space, state = wspace.trace(mlp, torch.zeros(1, 3)), mlp.state_dict()
+        >>> even = wspace.act(balance(state, space), state, space)
+        >>> before = even["0.weight"].square().sum(1) + even["0.bias"].square()
+        >>> torch.allclose(before, even["2.weight"].square().sum(0))
+        True
+    """  # noqa: DOC502 (batch_of raises)
+    batch = batch_of(state, space)
+    groups = dict.fromkeys(g.group for g in space.gauges if g.kind == "scale")
+    if not groups or 0 in batch:
+        return Transform(space, {}, {})
+    energies = [e for piece in pieces(space, buffers=True) for e in _energies(piece, state, batch)]
+    unknowns = _Unknowns(space, tuple(groups), prod(batch))
+    logs = _Problem(unknowns, energies).solve(steps)
+    factors = {
+        i: x.exp().reshape(*batch, *x.shape[1:])
+        for name, gauges in unknowns.gauges.items()
+        for i, x in zip(gauges, unknowns.of(logs, name).unbind(-1), strict=True)
+    }
+    return Transform(space, {}, factors)
+
+
+@dataclass(frozen=True)
+class _Energy:
+    """Squares of a piece, summed over all that no scale tells apart.
+
+    Attributes:
+        piece: The piece.
+        kept: Slots that `squares` has axes for.
+        squares: ``(rows, *kept)``, float64.
+        scaled: Slots on which some gauge acts.
+    """
+
+    piece: Piece
+    kept: tuple[int, ...]
+    squares: Tensor
+    scaled: tuple[int, ...]
+
+    def marginal(self, weights: dict[int, Tensor], target: tuple[int, ...]) -> Tensor:
+        """The weighted squares summed over all slots but some.
+
+        Args:
+            weights: By scaled slot, ``(rows, *over, size)``.
+            target: The slots whose axes remain, in order.
+
+        Returns:
+            ``(rows, *target)``.
+        """
+        x, axes = self.squares, list(self.kept)
+        waiting = sorted(self.scaled, key=lambda k: (k in target, -len(places(self.piece, k))))
+        while waiting:
+            k, *waiting = waiting
+            own = places(self.piece, k)
+            needed = {*target, *(j for w in waiting for j in places(self.piece, w))}
+            left = [a for a in axes if a in needed]
+            x = torch.einsum(x, [0, *_labels(axes)], weights[k], [0, *_labels(own)],
+                             [0, *_labels(left)])  # fmt: skip
+            axes = left
+        return torch.einsum(x, [0, *_labels(axes)], [0, *_labels(target)])
+
+
+def _labels(slots: Sequence[int]) -> list[int]:
+    return [1 + k for k in slots]
+
+
+def _energies(piece: Piece, state: State, batch: tuple[int, ...]) -> Iterator[_Energy]:
+    scaled = tuple(k for k, s in enumerate(piece.slots) if s.scales)
+    if not scaled:
+        return
+    kept = sorted({j for k in scaled for j in places(piece, k)})
+    x = piece.read(state, len(batch)).double().square().sum(-1)
+    gone = [1 + k for k in range(len(piece.slots)) if k not in kept]
+    yield _Energy(piece, tuple(kept), x.sum(gone) if gone else x, scaled)
+
+
+class _Unknowns:
+    """A vector ``(rows, unknowns)``: for every unit of a group, one number for each of its gauges.
+
+    Attributes:
+        gauges: Group → its scale gauges.
+        shapes: Group → ``(*over, size, gauges)``.
+        rows: Number of rows.
+        total: Number of unknowns.
+    """
+
+    def __init__(self, space: WeightSpace, groups: Sequence[str], rows: int) -> None:
+        self.rows, self.total = rows, 0
+        self.gauges: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, slice] = {}
+        for name in groups:
+            own = [i for i, g in enumerate(space.gauges) if (g.kind, g.group) == ("scale", name)]
+            self.gauges[name] = tuple(own)
+            self.shapes[name] = (*shape_of(space.all_groups[name], space), len(own))
+            self._where[name] = slice(self.total, self.total + prod(self.shapes[name]))
+            self.total += prod(self.shapes[name])
+
+    def zeros(self) -> Tensor:
+        """The vector of zeros, float64."""
+        return torch.zeros(self.rows, self.total, dtype=torch.float64)
+
+    def of(self, vector: Tensor, group: str) -> Tensor:
+        """The numbers of one group, ``(rows, *over, size, gauges)``: a view."""
+        return vector[:, self._where[group]].unflatten(1, self.shapes[group])
+
+    def exponents(self, energy: _Energy, k: int) -> Tensor:
+        """Exponents of the gauges of a slot's group in that slot, ``(gauges,)``."""
+        slot = energy.piece.slots[k]
+        held = dict(slot.scales)
+        row = [float(held.get(i, 0)) for i in self.gauges[slot.group]]
+        return torch.tensor(row, dtype=torch.float64)
+
+    def common(self, vector: Tensor) -> Tensor:
+        """Sums over the units of each gauge, ``(rows, all gauges)``."""
+        parts = [self.of(vector, g).flatten(1, -2).sum(1) for g in self.gauges]
+        return torch.cat(parts, 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The vector that gives all units of a gauge one number, from ``(rows, all gauges)``."""
+        out, start = self.zeros(), 0
+        for g, gauges in self.gauges.items():
+            own = values[:, start : start + len(gauges)]
+            start += len(gauges)
+            view = self.of(out, g)
+            view.copy_(own.reshape(self.rows, *[1] * (view.dim() - 2), len(gauges)).expand_as(view))
+        return out
+
+
+class _Problem:
+    """The total square as a function of the logarithms of the scales, and its minimum."""
+
+    def __init__(self, unknowns: _Unknowns, energies: list[_Energy]) -> None:
+        self.u, self.energies = unknowns, energies
+        self.exponents = {(e, k): unknowns.exponents(x, k) for e, x in enumerate(energies)
+                          for k in x.scaled}  # fmt: skip
+        self.totals = torch.stack(
+            [self._total(e) for e in range(len(energies))]
+            or [torch.zeros(sum(map(len, unknowns.gauges.values())), dtype=torch.float64)]
+        )
+        self.pull = self._counterweights()
+
+    def _total(self, e: int) -> Tensor:
+        """Exponents of factors common to all units of each gauge."""
+        parts: list[Tensor] = []
+        for g, gauges in self.u.gauges.items():
+            own = [k for k in self.energies[e].scaled if self.energies[e].piece.slots[k].group == g]
+            none = torch.zeros(len(gauges), dtype=torch.float64)
+            parts.append(sum((self.exponents[e, k] for k in own), none))
+        return torch.cat(parts)
+
+    def _weights(self, x: Tensor) -> list[dict[int, Tensor]]:
+        """For each energy, what each scaled slot multiplies the squares by."""
+        return [
+            {
+                k: (2 * self.u.of(x, energy.piece.slots[k].group) @ self.exponents[e, k]).exp()
+                for k in energy.scaled
+            }
+            for e, energy in enumerate(self.energies)
+        ]
+
+    def _own(self, weights: list[dict[int, Tensor]]) -> dict[tuple[int, int], Tensor]:
+        """Weighted squares of every unit, by energy and slot."""
+        return {
+            (e, k): energy.marginal(weights[e], places(energy.piece, k))
+            for e, energy in enumerate(self.energies)
+            for k in energy.scaled
+        }
+
+    def _counterweights(self) -> Tensor:
+        """1 for a unit whose weights only grow with its factor, −1 if they only shrink, else 0."""
+        up, down = self.u.zeros(), self.u.zeros()
+        for (e, k), own in self._own(self._weights(self.u.zeros())).items():
+            for side, sign in ((up, 1), (down, -1)):
+                acts = sign * self.exponents[e, k] > 0
+                self.u.of(side, self._group(e, k)).add_((own > 0)[..., None] & acts)
+        return ((up > 0) & (down == 0)).double() - ((down > 0) & (up == 0)).double()
+
+    def _group(self, e: int, k: int) -> str:
+        return self.energies[e].piece.slots[k].group
+
+    def value(self, x: Tensor) -> Tensor:
+        """The total square less the counterweights, ``(rows,)``."""
+        weights = self._weights(x)
+        parts = [e.marginal(weights[i], ()) for i, e in enumerate(self.energies)]
+        return sum(parts[1:], parts[0]) - 2 * (self.pull * x).sum(1)
+
+    def solve(self, steps: int) -> Tensor:
+        """Newton's method; rows that stand still are left alone."""
+        x, moving = self.u.zeros(), torch.ones(self.u.rows, dtype=torch.bool)
+        if not self.energies:
+            return x
+        best = self.value(x)
+        for _ in range(steps):
+            step = _Quadratic(self, x).minimum(moving)
+            size = step.abs().amax(1)
+            moving = moving & (size > STILL)
+            if not moving.any():
+                break
+            step = step / size.clamp(min=1.0)[:, None] * moving[:, None]
+            for _ in range(12):
+                value = self.value(x + step)
+                worse = value > best + 1e-13 * best.abs()
+                if not worse.any():
+                    break
+                step = torch.where(worse[:, None], step / 2, step)
+            x, best = x + step, torch.minimum(value, best)
+        return x
+
+
+class _Quadratic:
+    """The second-order model of a problem at a point."""
+
+    def __init__(self, problem: _Problem, x: Tensor) -> None:
+        self.p, self.u = problem, problem.u
+        self.weights = problem._weights(x)
+        self.own = problem._own(self.weights)
+        self.slope = -2 * problem.pull
+        self.local = {
+            g: torch.zeros(self.u.rows, *shape, shape[-1], dtype=torch.float64)
+            for g, shape in self.u.shapes.items()
+        }
+        for (e, k), own in self.own.items():
+            rates, g = problem.exponents[e, k], problem._group(e, k)
+            self.u.of(self.slope, g).add_(2 * own[..., None] * rates)
+            self.local[g] += 4 * own[..., None, None] * (rates[:, None] * rates)
+        self.inverse = {g: _inverted(a) for g, a in self.local.items()}
+        n = torch.stack([o.marginal(w, ()) for o, w in
+                         zip(problem.energies, self.weights, strict=True)], 1)  # fmt: skip
+        curve = 4 * torch.einsum("rp,pg,ph->rgh", n, problem.totals, problem.totals)
+        self.coarse = _inverted(curve)
+
+    def times(self, v: Tensor) -> Tensor:
+        """The second derivative in a direction."""
+        out = self.u.zeros()
+        for g, a in self.local.items():
+            self.u.of(out, g).copy_((a @ self.u.of(v, g)[..., None])[..., 0])
+        for e, energy in enumerate(self.p.energies):
+            if len(energy.scaled) < 2:
+                continue
+            weights = self.weights[e]
+            for j in energy.scaled:
+                rates = self.p.exponents[e, j]
+                turned = weights[j] * (self.u.of(v, self.p._group(e, j)) @ rates)
+                for k in energy.scaled:
+                    if k != j:
+                        part = energy.marginal({**weights, j: turned}, places(energy.piece, k))
+                        view = self.u.of(out, self.p._group(e, k))
+                        view.add_(4 * part[..., None] * self.p.exponents[e, k])
+        return out
+
+    def eased(self, r: Tensor) -> Tensor:
+        """An approximate solution: each unit alone, and each gauge as a whole."""
+        out = self.u.spread((self.coarse @ self.u.common(r)[..., None])[..., 0])
+        for g, a in self.inverse.items():
+            self.u.of(out, g).add_((a @ self.u.of(r, g)[..., None])[..., 0])
+        return out
+
+    def minimum(self, moving: Tensor) -> Tensor:
+        """The step to the minimum of the model, by conjugate gradients."""
+        x, r = self.u.zeros(), -self.slope * moving[:, None]
+        z = self.eased(r)
+        d, rz = z, (r * z).sum(1)
+        goal = FORCING**2 * rz
+        for _ in range(200):
+            turning = self.times(d)
+            curve = (d * turning).sum(1)
+            live = (rz > goal) & (curve > 0)
+            if not live.any():
+                break
+            length = torch.where(live, rz / torch.where(live, curve, 1.0), 0.0)[:, None]
+            x, r = x + length * d, r - length * turning
+            z = self.eased(r)
+            after = (r * z).sum(1)
+            ratio = torch.where(live, after / torch.where(live, rz, 1.0), 0.0)
+            d, rz = z + ratio[:, None] * d, torch.where(live, after, rz)
+        return x
+
+
+def _inverted(a: Tensor) -> Tensor:
+    """Inverses of positive semidefinite matrices ``(..., n, n)``; near 0 where they are near 0."""
+    size = a.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    eye = torch.eye(a.shape[-1], dtype=a.dtype)
+    return torch.linalg.inv(a / size.clamp(min=1e-300) + 1e-10 * eye) / size.clamp(min=1e-300)

@@ -1,0 +1,122 @@
+"""Numbers per unit beside the entries of a piece.
+
+The units of a group have numbers of shape ``(rows, *over, size)``. In a piece ``(rows, *slots,
+rest)`` they lie along a slot and the slots that it depends on.
+"""
+
+from math import prod
+
+from torch import Tensor
+
+from wspace.action import State, Transform, act, compose, identity, shape_of
+from wspace.align.pieces import Piece
+from wspace.space import WeightSpace
+
+
+def places(piece: Piece, k: int) -> tuple[int, ...]:
+    """Slots along which the numbers of slot `k` lie, in the order of their own axes."""
+    return (*piece.slots[k].over, k)
+
+
+def laid(values: Tensor, piece: Piece, k: int) -> Tensor:
+    """Numbers per unit along the slots of a piece.
+
+    Args:
+        values: ``(rows, *over, size)``.
+        piece: The piece.
+        k: Which slot.
+
+    Returns:
+        ``(rows, *slots)``, of size 1 where nothing varies.
+    """
+    where = places(piece, k)
+    order = sorted(range(len(where)), key=where.__getitem__)
+    sizes = [s.size if i in where else 1 for i, s in enumerate(piece.slots)]
+    return values.permute(0, *(1 + i for i in order)).reshape(len(values), *sizes)
+
+
+def by_unit(x: Tensor, piece: Piece, k: int) -> Tensor:
+    """What a tensor of the piece's layout holds for each unit of a slot.
+
+    Args:
+        x: ``(rows, *slots, rest)``.
+        piece: The piece.
+        k: Which slot.
+
+    Returns:
+        ``(rows, *over, size, others)``.
+    """
+    where = places(piece, k)
+    others = [i for i in range(len(piece.slots)) if i not in where]
+    order = [*where, *others, len(piece.slots)]
+    y = x.permute(0, *(1 + i for i in order))
+    return y.reshape(*y.shape[: 1 + len(where)], prod(y.shape[1 + len(where) :]))
+
+
+def batch_of(state: State, space: WeightSpace) -> tuple[int, ...]:
+    """The batch axes of a state.
+
+    Args:
+        state: Tensors by name, ``(*batch, *shape)``.
+        space: Its weight space.
+
+    Returns:
+        Their sizes.
+
+    Raises:
+        SpaceMismatch: If the state does not fit the space.
+    """  # noqa: DOC502 (validate raises)
+    space.validate(state)
+    for p in space.params:
+        shape = tuple(state[p.name].shape)
+        return shape[: len(shape) - len(p.axes)]
+    return ()
+
+
+class Course:
+    """A state on its way, with the group element that has brought it there.
+
+    Attributes:
+        start: The state.
+        state: The state as it is now.
+        transform: The element that moves `start` to `state`.
+        batch: Batch axes of the state.
+        rows: Number of its rows.
+    """
+
+    def __init__(self, state: State, space: WeightSpace) -> None:
+        self.space, self.batch = space, batch_of(state, space)
+        self.rows = prod(self.batch)
+        self.start: State = {p.name: state[p.name].detach() for p in space.params}
+        self.state: State = self.start
+        self.transform = identity(space)
+
+    def units(self, group: str) -> tuple[int, ...]:
+        """Shape of numbers per unit: ``(rows, *over, size)``."""
+        return (self.rows, *shape_of(self.space.all_groups[group], self.space))
+
+    def read(self, piece: Piece) -> Tensor:
+        """A piece of the state as it is now, ``(rows, *slots, rest)``, float64."""
+        return piece.read(self.state, len(self.batch)).double()
+
+    def move(self, permutations: dict[str, Tensor], factors: dict[int, Tensor]) -> None:
+        """Moves the state on.
+
+        Args:
+            permutations: Indices by group, ``(rows, *over, size)``.
+            factors: Numbers by gauge, ``(rows, *over, size)``.
+        """
+        step = Transform(
+            self.space,
+            {n: p.reshape(*self.batch, *p.shape[1:]) for n, p in permutations.items()},
+            {i: s.reshape(*self.batch, *s.shape[1:]) for i, s in factors.items()},
+        )
+        self.transform = compose(step, self.transform)
+        self.state = act(step, self.state, self.space)
+
+
+def odd(piece: Piece, k: int, gauges: frozenset[int]) -> tuple[int, ...]:
+    """Gauges among some that flip the sign of what lies in a slot."""
+    return tuple(sorted(i for i, e in piece.slots[k].exponents if e % 2 and i in gauges))
+
+
