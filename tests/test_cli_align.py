@@ -1,5 +1,6 @@
 """`wspace align`, `merge` and `interpolate`: what they refuse, write and say."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -238,7 +239,7 @@ def test_the_check_is_left_out_where_it_would_be_large(
         networks_module, "resolve", lambda *a, **k: built.append(k["meta"]) or real(*a, **k)
     )
     code, out, _ = run(*words)
-    assert code == 0 and "not run (1.6 kB of weights)" in out and "--check" in out
+    assert code == 0 and "not run (1.5 kB of weights); --check does" in out
     assert built == [True]  # nowhere was memory for weights
     assert "unchanged" in run(*words, "--check").out
     assert built == [True, True, False]
@@ -277,6 +278,9 @@ def test_code_is_read_off_plain_checkpoints(run: Runner) -> None:
     code, out, _ = run("align", *AB, "--out", "c.safetensors")
     assert code == 0 and "read off the names and shapes" in out
     assert_same(load_checkpoint("c.safetensors"), a)  # one group: recovered bit for bit
+    for words in (("align",), ("merge", "--out", "m.safetensors")):
+        code, _, err = run(*words, *AB, "--kinds", "permutation", "scale")
+        assert code == 2 and "scale depend on the activations" in err and "--model" in err
     save_file({"p": torch.randn(3, 2, 2, 2, 2, 2, 2)}, "d.safetensors")
     code, _, err = run("align", "d.safetensors", "d.safetensors")
     assert code == 2 and "comes without code" in err and "--model" in err
@@ -406,6 +410,7 @@ def test_targets_are_checked_first(run: Runner, pair: tuple[State, State], comma
             "--sweeps 0",
         ),
         (("align", *AB, "--kinds", "rotation"), "rotation"),
+        (("align", *AB, *BUILD, "--kinds", "sign", "phase"), "moves by phase"),
         (
             ("align", *AB, "--model", "py:net.py:buidl"),
             "did you mean 'build'",

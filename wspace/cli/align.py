@@ -18,7 +18,7 @@ from wspace.action import moved
 from wspace.align import Matching
 from wspace.cli import screen
 from wspace.cli.fits import fits_of, summed
-from wspace.cli.matching import check_finite, check_options, matched, matching_options
+from wspace.cli.matching import check_finite, check_kinds, check_options, matched, matching_options
 from wspace.cli.networks import Networks, change_of_function, open_networks
 from wspace.cli.target import check_target, layout_at, refuse_inputs
 from wspace.io import LazyState, save_checkpoint
@@ -62,6 +62,7 @@ def align(args: argparse.Namespace, out: Console) -> int:
         "align", (args.a, args.b), model=args.model, key=args.key, inputs=args.inputs
     )
     a, b = found.states
+    check_kinds("align", found, args)
     check_finite("align", dict(zip(paths, found.states, strict=True)))
     start = time.perf_counter()
     matching = matched(a, b, found.space, args, what=f"{args.b} to {args.a}")

@@ -16,7 +16,7 @@ from wspace.align import Barrier, barrier
 from wspace.align.combine import Kind, interpolated
 from wspace.align.merge import combines, interpolating
 from wspace.cli import screen
-from wspace.cli.matching import check_finite, check_options, matched, matching_options
+from wspace.cli.matching import check_finite, check_kinds, check_options, matched, matching_options
 from wspace.cli.networks import Networks, open_networks, set_state
 from wspace.cli.target import check_file, refuse_inputs, single_file
 from wspace.errors import WSpaceError, message
@@ -68,6 +68,8 @@ def interpolate(args: argparse.Namespace, out: Console) -> int:
     found = open_networks("interpolate", names, model=args.model, key=args.key, inputs=args.inputs)
     for target in targets.values():
         refuse_inputs("interpolate", target, found.paths)
+    if args.align:
+        check_kinds("interpolate", found, args)
     check_finite("interpolate", dict(zip(found.paths, found.states, strict=True)))
     a, b = found.states
     plan = interpolating(a, b, 0.5, kind=args.kind)  # checks what the matching does not

@@ -11,6 +11,7 @@ from wspace.action import KINDS
 from wspace.align import Matching, match
 from wspace.align.match import STARTS
 from wspace.cli import screen
+from wspace.cli.networks import Networks
 from wspace.errors import WSpaceError, message
 from wspace.io import Checkpoint
 from wspace.space import WeightSpace
@@ -73,6 +74,34 @@ def check_finite(verb: str, states: Mapping[Path, Checkpoint]) -> None:
                 help="nothing is near to them; repair or retrain the network",
             )
         )
+
+
+def check_kinds(verb: str, found: Networks, args: argparse.Namespace) -> None:
+    """Refuses kinds that the network does not have, or of which one cannot know.
+
+    Args:
+        verb: The command, for the message.
+        found: The networks.
+        args: With the options of `matching_options`.
+
+    Raises:
+        WSpaceError: Naming the kinds.
+    """
+    known = {kind for g in found.space.groups.values() for kind in g.kinds}
+    known |= {gauge.kind for gauge in found.space.gauges}
+    more = [kind for kind in args.kinds if kind != "permutation"]
+    if found.guessed and more:
+        raise WSpaceError(
+            message(
+                f"{verb}: {', '.join(more)} depend on the activations, which no checkpoint tells",
+                got=found.code,
+                help="name the code with --model, or leave them out",
+            )
+        )
+    if absent := [kind for kind in args.kinds if kind not in known]:
+        expected = f"kinds among {', '.join(k for k in KINDS if k in known)}"
+        what = f"{verb}: no group of this network moves by {' or '.join(absent)}"
+        raise WSpaceError(message(what, expected=expected))
 
 
 def matched(

@@ -18,7 +18,7 @@ from wspace.align.combine import NEEDS_BASE, Method, Name, merged
 from wspace.align.merge import merging
 from wspace.cli import screen
 from wspace.cli.fits import products, share_moved, summed_up
-from wspace.cli.matching import check_finite, check_options, matched, matching_options
+from wspace.cli.matching import check_finite, check_kinds, check_options, matched, matching_options
 from wspace.cli.networks import Networks, open_networks
 from wspace.cli.target import check_target, layout_at, refuse_inputs
 from wspace.errors import WSpaceError, message
@@ -60,6 +60,8 @@ def merge(args: argparse.Namespace, out: Console) -> int:
     found = open_networks("merge", names, model=args.model, key=args.key, inputs=args.inputs)
     states = found.states[: method.models]
     base = found.states[-1] if args.base else None
+    if args.align:
+        check_kinds("merge", found, args)
     check_finite("merge", dict(zip(paths, found.states, strict=True)))
     plan = merging(
         states, found.space, method=method.name, weights=args.weights, base=base, align=False

@@ -39,6 +39,7 @@ class Networks:
         code: Where the network's code is from, as it is shown.
         build: Builds the network with memory for its weights, in evaluation mode, and its inputs.
         seconds: Time that tracing took.
+        guessed: Whether the code was read off the names and shapes of tensors.
     """
 
     paths: tuple[Path, ...]
@@ -47,6 +48,7 @@ class Networks:
     code: str
     build: Callable[[], "Runnable"]
     seconds: float
+    guessed: bool = False
 
     @property
     def summary(self) -> str:
@@ -227,7 +229,7 @@ def _without_code(
     seconds = time.perf_counter() - start
     states = _fitted(verb, paths, weights, found.module)
     code = "read off the names and shapes of the tensors; --model names the real code"
-    return Networks(paths, states, space, code, build, seconds)
+    return Networks(paths, states, space, code, build, seconds, guessed=True)
 
 
 def _fitted(
