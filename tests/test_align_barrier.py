@@ -395,6 +395,27 @@ def test_any_module_can_be_lent(name: str, generator: torch.Generator) -> None:
     assert found.straight.losses[1] != found.straight.losses[0]
 
 
+class Times(nn.Module):
+    """Multiplies by a whole number that is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("times", torch.tensor(1))
+
+    def forward(self) -> Tensor:
+        return (self.weight * self.times).sum()
+
+
+def test_integers_on_the_way_are_those_of_the_first() -> None:
+    module = Times()
+    a = {"weight": torch.tensor([1.0, 2.0]), "times": torch.tensor(3)}
+    for b in ({"weight": torch.zeros(2)}, {"weight": torch.zeros(2), "times": torch.tensor(8)}):
+        path = loss_path(module, a, b, lambda m: m(), points=[0, 0.5, 1])
+        assert path.losses.tolist() == [9.0, 4.5, 0.0]
+    assert int(module.times) == 1
+
+
 # --- errors ---------------------------------------------------------------------------
 
 

@@ -454,7 +454,7 @@ def test_a_model_merged_with_itself_moved_is_itself(
     label: str, options: dict[str, Any], generator: torch.Generator
 ) -> None:
     module, space, kinds = one_layer(label)
-    for _ in range(15):
+    for _ in range(6):
         a = random_like(state_of(module), generator)
         t = wspace.sample(space, generator=generator, kinds=kinds)
         b = wspace.act(t, a, space)

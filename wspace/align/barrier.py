@@ -211,7 +211,7 @@ def loss_path(
     found: list[dict[str, float]] = []
     with torch.no_grad(), lent(module) as put:
         for t in at.tolist():
-            put(lambda name, t=t: _between(a[name], b[name], t, kind), a.keys() & b.keys())
+            put(lambda name, t=t: _between(a, b, name, t, kind), set(a))
             with drawn_again(module, generators_of(refresh)):
                 if refresh is not None:
                     reestimate(module, refresh, frozen=True)
@@ -226,8 +226,9 @@ def loss_path(
     return LossPath(at, values)
 
 
-def _between(x: Tensor, y: Tensor, t: float, kind: Kind) -> Tensor:
-    return interpolated(x, y, t, kind=kind) if combines(x) else x
+def _between(a: State, b: State, name: str, t: float, kind: Kind) -> Tensor:
+    x = a[name]
+    return interpolated(x, b[name], t, kind=kind) if combines(x) else x
 
 
 def _numbers(found: Number | Mapping[str, Number]) -> dict[str, float]:
