@@ -14,7 +14,7 @@ numbers for each result that is read.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import isqrt, prod
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from wspace.action import Transform, shape_of
 from wspace.action.places import axis_source
-from wspace.align.assign import Assigner, Similarity
+from wspace.align.assign import Assigner
 from wspace.align.moments import Inputs, Network, Pair, Seen, network
+from wspace.align.signs import Similarity
 from wspace.batchnorm import Batches
 from wspace.errors import SpaceMismatch, message
 from wspace.space import Axis, Group, WeightSpace
@@ -152,13 +153,15 @@ class _Tables:
             weight = share if kind == "correlation" else 1.0
             similarity = self.own.setdefault(site.group, Similarity())
             similarity.add(site.flips, table.reshape(shape) * weight)
-        self.groups = self._needed()
-
-    def _needed(self) -> list[str]:
-        """Groups seen, and those on which they depend; what depends on others comes first."""
-        groups = self.space.all_groups
+        groups = space.all_groups
         names = {n for g in self.own for n in (g, *groups[g].over) if not groups[n].fixed}
-        return sorted(names, key=lambda n: (-len(groups[n].over), n))
+        self.tangled = sorted(n for n in names if not self._nested(n))
+        self.groups = sorted(names - {*self.tangled}, key=lambda n: (-len(groups[n].over), n))
+
+    def levels(self) -> list[list[str]]:
+        """Groups seen, and those on which they depend; what depends on most others comes first."""
+        depth = {n: len(self.space.all_groups[n].over) for n in self.groups}
+        return [[n for n in self.groups if depth[n] == d] for d in sorted({*depth.values()})[::-1]]
 
     def parent(self, name: str) -> str | None:
         """The one group with which a group's units must be assigned; None if it stands alone."""
@@ -166,13 +169,20 @@ class _Tables:
         over = [o for o in groups[name].over if not groups[o].fixed]
         return max(over, key=lambda o: len(groups[o].over), default=None)
 
-    def nested(self, name: str) -> bool:
+    def _nested(self, name: str) -> bool:
         """True if the groups that this one depends on depend on one another, in a chain."""
         groups = self.space.all_groups
         chain = sorted(groups[name].over, key=lambda o: len(groups[o].over))
         return all(
             groups[o].fixed or set(chain[:i]) <= set(groups[o].over) for i, o in enumerate(chain)
         )
+
+    def pairs(self, name: str, below: Tensor | None) -> Tensor:
+        """Value of pairs of units for each pair of contexts, ``(contexts², n, n)``."""
+        own = self.own.get(name)
+        tables = [x for x in (own.best() if own is not None else None, below) if x is not None]
+        n = self.space.all_groups[name].size
+        return sum(tables[1:], tables[0]).permute(0, 2, 1, 3).reshape(-1, n, n)
 
     def joined(self, child: str, value: Tensor) -> Tensor:
         """Best values of pairs of a child's contexts as those of pairs of units of its parent."""
@@ -195,25 +205,20 @@ def assigned(space: WeightSpace, seen: Seen, kind: str, threads: int = 1) -> Act
     unobserved = dict(seen.unobserved)
     below: dict[str, Tensor] = {}
     best: dict[str, Tensor] = {}
-    for (
-        name
-    ) in tables.groups:  # from the inside out: the best assignment for every pair of contexts
-        group = space.all_groups[name]
-        if not tables.nested(name):
-            unobserved[name] = f"it depends on {group.over}, which are independent of one another"
-            continue
-        own = tables.own.get(name)
-        cost = own.best() if own is not None else torch.zeros(())
-        cost = cost + below[name] if name in below else cost
-        contexts = cost.shape[0]
-        pairs = cost.permute(0, 2, 1, 3).reshape(-1, group.size, group.size)
-        p = Assigner(threads).solve([pairs])[0]
-        best[name] = p.reshape(contexts, contexts, group.size)
-        parent = tables.parent(name)
-        if parent is not None:
-            value = pairs.gather(-1, p[..., None]).sum((-1, -2)).reshape(contexts, contexts)
-            joined = tables.joined(name, value)
-            below[parent] = below[parent] + joined if parent in below else joined
+    with Assigner(threads) as assigner:
+        for names in tables.levels():  # from the inside out, for every pair of contexts
+            pairs = [tables.pairs(name, below.get(name)) for name in names]
+            for name, table, p in zip(names, pairs, assigner.solve(pairs), strict=True):
+                contexts = isqrt(len(table))
+                best[name] = p.reshape(contexts, contexts, -1)
+                parent = tables.parent(name)
+                if parent is not None:
+                    value = table.gather(-1, p[..., None]).sum((-1, -2))
+                    value = tables.joined(name, value)
+                    below[parent] = below[parent] + value if parent in below else value
+    for name in tables.tangled:
+        over = ", ".join(space.all_groups[name].over)
+        unobserved[name] = f"it depends on {over}, which do not depend on one another"
     return _read_off(tables, best, seen, unobserved)
 
 
@@ -226,8 +231,6 @@ def _read_off(
     factors: dict[int, Tensor] = {}
     scores: dict[str, Tensor] = {}
     for name in reversed(tables.groups):
-        if name not in best:
-            continue
         group = space.all_groups[name]
         shape = shape_of(group, space)
         contexts = torch.arange(len(best[name]))

@@ -1,57 +1,22 @@
 """Coordinate ascent: one group at a time, all others held, until no group gains."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wspace.align.assign import Ask, Key, Shift, Similarity, inner_product
+from wspace.align.assign import Ask, inner_product
 from wspace.align.blocks import Block, Moves
 from wspace.align.pieces import Slot
-from wspace.align.quadratic import quadratic
-from wspace.align.together import Inner, Part, inner_slots, matched, parts_of, values
+from wspace.align.rigid import rearranged, turned
+from wspace.align.signs import Key, Shift, Similarity
+from wspace.align.symmetry import Symmetry
+from wspace.align.together import Part, joined, parts_of
 
 SAFETY = 4.0
 """A gain must exceed so many times what rounding may leave."""
 Blocks = Sequence[Block]
-
-
-@dataclass(frozen=True)
-class Symmetry:
-    """What may move.
-
-    Attributes:
-        sizes: Group → units, of every group that may move in some way.
-        over: Group → groups on which its permutation depends.
-        permuted: Groups that may be permuted.
-        gauges: Sign and phase gauges that may be used → their group.
-        phases: Which of them are phases.
-    """
-
-    sizes: Mapping[str, int]
-    over: Mapping[str, tuple[str, ...]]
-    permuted: frozenset[str]
-    gauges: Mapping[int, str]
-    phases: frozenset[int]
-
-    @cached_property
-    def dependants(self) -> dict[str, tuple[str, ...]]:
-        """Group → groups whose permutation depends on it, those they depend on first."""
-        order = sorted(self.sizes, key=lambda g: len(self.over[g]))
-        return {g: tuple(d for d in order if g in self.over[d]) for g in self.sizes}
-
-    def within(self, given: Sequence[str], groups: Sequence[str]) -> "Symmetry":
-        """What is left of some groups once others are given."""
-        return Symmetry(
-            sizes={g: self.sizes[g] for g in groups},
-            over={g: tuple(o for o in self.over[g] if o not in given) for g in groups},
-            permuted=self.permuted & {*groups},
-            gauges={i: g for i, g in self.gauges.items() if g in groups},
-            phases=self.phases & {i for i, g in self.gauges.items() if g in groups},
-        )
 
 
 class Ascent:
@@ -98,18 +63,12 @@ class Ascent:
         """The same for some of the rows; what it finds is not found here before `absorb`."""
         blocks = [b.part(rows) for b in self.blocks]
         found = Ascent(blocks, self.symmetry, self.extent, len(rows), self.device)
-        found.moves.permutations = {g: x[rows] for g, x in self.moves.permutations.items()}
-        found.moves.factors = {i: x[rows] for i, x in self.moves.factors.items()}
+        found.moves = self.moves.part(rows)
         return found
 
     def absorb(self, part: "Ascent", rows: Tensor) -> None:
         """Takes over what a part of the rows has found."""
-        for mine, found in (
-            (self.moves.permutations, part.moves.permutations),
-            (self.moves.factors, part.moves.factors),
-        ):
-            for key, x in found.items():
-                mine[key] = mine[key].index_copy(0, rows, x)
+        self.moves.put(rows, part.moves)
         self.gain.index_add_(0, rows, part.gain)
 
     # ------------------------------------------------------------------ units
@@ -177,23 +136,23 @@ class Ascent:
             return torch.zeros(self.rows, dtype=torch.bool, device=self.device)
         s = self.symmetry
         if any(len(b.places(g)) > 1 for b in here):
-            gain = yield from self._rearranged(g, here)
+            gain = yield from rearranged(self, g, here)
         elif g in s.permuted and s.dependants[g]:
-            gain = yield from self._together(g, here)
+            gain = yield from joined(self, g, here)
         else:
             return self._accepted((yield from self._alone(g, here)))
-        return self._accepted(gain) | self._accepted(self._signs(g, here))
+        return self._accepted(gain) | self._accepted(turned(self, g, here))
 
     def _accepted(self, gain: Tensor) -> Tensor:
         gain = gain.reshape(self.rows, -1).sum(1)
         self.gain += gain
         return gain > 0
 
-    def _least(self, here: Blocks) -> Tensor:
+    def least(self, here: Blocks) -> Tensor:
         """The least gain that is not rounding, for each row."""
         return SAFETY * torch.stack([b.error for b in here]).sum(0)
 
-    def _contexts(self, g: str, x: Tensor) -> Tensor:
+    def contexts(self, g: str, x: Tensor) -> Tensor:
         """One number for each row, for every context of a group: ``(rows * contexts,)``."""
         return x.repeat_interleave(max(1, self.of_contexts(g)))
 
@@ -243,7 +202,7 @@ class Ascent:
         rows, n = self.rows * self.of_contexts(g), self.symmetry.sizes[g]
         gauges = [i for i, name in self.symmetry.gauges.items() if name == g]
         current = {i: self.moves.factors[i].reshape(rows, n) for i in gauges}
-        least = self._contexts(g, self._least(here))
+        least = self.contexts(g, self.least(here))
         if g in self.symmetry.permuted:
             p = self.moves.permutations[g].reshape(rows, n)
             table = self._similarity(g, here)
@@ -264,7 +223,7 @@ class Ascent:
         return torch.where(good, gain, 0.0)
 
     def _similarity(self, g: str, here: Blocks, *, pairs: bool = False) -> Similarity:
-        """Of units of A with units of B: all, ``(rows * contexts, n, n)``, or those in one place."""
+        """Of units of A with those of B: all, ``(rows * contexts, n, n)``, or in one place."""
         if pairs:
             return self._paired(g, here)
         same = [b for b in here if b.constant(g, self.symmetry.sizes)]
@@ -298,7 +257,7 @@ class Ascent:
         tables: dict[tuple[Key, torch.dtype], Tensor],
         shared: set[tuple[Key, torch.dtype]],
     ) -> None:
-        """Adds a block's inner products to the table of its signs; shared tables stay as they are."""
+        """Adds a block's inner products to the table of its signs; shared tables stay."""
         a, b = self.read(block, g, skip=(g,))
         key = (self.key(block.slots[block.places(g)[0]]), a.dtype)
         if key in shared:
@@ -335,111 +294,7 @@ class Ascent:
         """What depends on a group, apart where nothing joins it."""
         return parts_of(g, self.symmetry, self.of[g], self.extent)
 
-    def _together(self, g: str, here: Blocks) -> Ask:
-        """Best permutation of a group, each pair of its units with the best of all within them."""
-        s = self.symmetry
-        family = (g, *s.dependants[g])
-        n, contexts = s.sizes[g], self.of_contexts(g)
-        parts = self.parts(g)
-        inner = [self._inner(block, g, family) for block in here]
-        # all pairs of units
-        table = torch.zeros(self.rows * contexts, n, n, dtype=torch.float64, device=self.device)
-        for item in inner:
-            if not item.slots:
-                table += item.a @ item.b.mT
-        for part in parts:
-            yield from values(part, inner, self.extent, table)
-        q = yield table
-        old = self._now(g, here)
-        gain = table.gather(-1, q[..., None]).sum((1, 2)) - old
-        good = gain > self._contexts(g, self._least(here))
-        if not bool(good.any()):
-            return torch.zeros_like(gain)
-        for part in parts:
-            found = yield from matched(part, inner, self.extent, q)
-            for name, x in found.permutations.items():
-                self._put(g, name, self.moves.permutations, name, x, good)
-            for i, x in found.factors.items():
-                self._put(g, s.gauges[i], self.moves.factors, i, x, good)
-        self._put(g, g, self.moves.permutations, g, q, good)
-        return torch.where(good, self._now(g, here) - old, 0.0)
-
-    def _inner(self, block: Block, g: str, family: Sequence[str]) -> Inner:
-        """A block as its units' contents: A and B ``(rows * contexts, n, *slots, rest)``."""
-        own = block.places(g)[0]
-        keep, slots = inner_slots(block, g, family)
-        a, b = self.read(block, g, skip=family, keep=keep)
-        for i, exponent in block.slots[own].exponents:
-            if exponent % 2 and i in self.moves.factors:  # B's sign is read where it comes to
-                sign = self.moves.factors[i].reshape(a.shape[:2])
-                a = a * sign.reshape(*sign.shape, *[1] * (a.dim() - 2)).to(a.dtype)
-        return Inner(slots, a, b)
-
-    def _now(self, g: str, here: Blocks) -> Tensor:
-        """Inner product as things stand, for each row and context of a group."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for block in here:
-            a, b = self.read(block, g, skip=())
-            total = total + inner_product(a, b)
-        return total
-
-    def _put(
-        self, g: str, name: str, where: dict[Any, Tensor], key: Any, x: Tensor, good: Tensor
-    ) -> None:
-        """Writes what was found in every context of `g` to where it belongs, in good rows.
-
-        `x` is ``(rows * contexts [* n], *what is left of over, size)``.
-        """
-        s = self.symmetry
-        outer = [*s.over[g], g] if name != g else [*s.over[g]]
-        left = [o for o in s.over[name] if o not in outer]
-        sizes = [*(self.extent[o] for o in outer), *(self.extent[o] for o in left)]
-        x = x.reshape(self.rows, *sizes, s.sizes[name])
-        order = [(*outer, *left).index(o) for o in s.over[name]]
-        x = x.permute(0, *(1 + k for k in order), -1)
-        mask = good.reshape(self.rows, *(self.extent[o] for o in s.over[g]))
-        places = [s.over[name].index(o) for o in s.over[g]]
-        shape = [self.rows, *[1] * len(s.over[name]), 1]
-        for place in places:
-            shape[1 + place] = self.extent[s.over[name][place]]
-        turn = sorted(range(len(places)), key=places.__getitem__)
-        mask = mask.permute(0, *(1 + k for k in turn)).reshape(shape)
-        where[key] = torch.where(mask, x, where[key])
-
     # ------------------------------------------------------------ rearrangements, signs
-
-    def _rearranged(self, g: str, here: Blocks) -> Ask:
-        """A better permutation of a group that some block has twice; its dependants ride along."""
-        n = self.symmetry.sizes[g]
-        rows = self.rows * self.of_contexts(g)
-        none = torch.zeros(rows, dtype=torch.float64, device=self.device)
-        if g not in self.symmetry.permuted:
-            return none
-        before = self.total(here)
-        if any(_crossed(block, g) for block in here):
-            by = yield self._slopes(g, here)
-        else:
-            linear = torch.zeros(rows, n, n, dtype=torch.float64, device=self.device)
-            pairs: list[tuple[Tensor, Tensor]] = []
-            for block in here:
-                a, b = self.read(block, g, skip=())
-                if len(block.places(g)) == 1:
-                    linear += a @ b.mT
-                else:
-                    pairs.append((a, b))
-            by, gain = yield from quadratic(linear, pairs)
-            still = torch.arange(n, device=self.device)
-            by = torch.where((gain > self._contexts(g, self._least(here)))[:, None], by, still)
-        kept = self.moves.permutations.copy(), self.moves.factors.copy()
-        by = by.reshape(self.shape(g))
-        self.moves.ride(g, by, self.symmetry.dependants[g], self.symmetry.gauges)
-        gain = self.total(here) - before
-        good = gain > self._least(here)
-        for now, old in zip((self.moves.permutations, self.moves.factors), kept, strict=True):
-            for key, x in now.items():
-                if x is not old[key]:
-                    now[key] = torch.where(good.reshape(-1, *[1] * (x.dim() - 1)), x, old[key])
-        return torch.where(good, gain, 0.0)
 
     def total(self, here: Blocks | None = None) -> Tensor:
         """Inner product of blocks as things stand, for each row."""
@@ -451,46 +306,3 @@ class Ascent:
             if any(i in self.symmetry.phases for slot in block.slots for i, _ in slot.shifts):
                 total -= 0.5 * (moved.double() ** 2 - b.double() ** 2).flatten(1).sum(1)
         return total
-
-    def _slopes(self, g: str, here: Blocks) -> Tensor:
-        """Gain of each unit moving to each place, were all others to stay: one table per context."""
-        n = self.symmetry.sizes[g]
-        rows = self.rows * self.of_contexts(g)
-        total = torch.zeros(rows, n, n, dtype=torch.float64, device=self.device)
-        for block in here:
-            a, b = block.load()
-            b = self.moves.apply(block.slots, b, frozenset())
-            for k in block.places(g):
-                front = [0, *(1 + o for o in block.slots[k].over), 1 + k]
-                order = [*front, *(d for d in range(a.dim()) if d not in front)]
-                x, y = (t.permute(order).reshape(rows, n, -1) for t in (a, b))
-                total += x @ y.mT
-        return total
-
-    def _signs(self, g: str, here: Blocks) -> Tensor:
-        """Turns signs of a group's units where that gains, gauge by gauge; the gain of each row."""
-        gain = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
-        least = self._least(here)
-        for i, name in self.symmetry.gauges.items():
-            odd = [(b, [k for k in b.places(g) if i in self.key(b.slots[k])]) for b in here]
-            if name != g or i in self.symmetry.phases or any(len(ks) > 1 for _, ks in odd):
-                continue
-            slope = torch.zeros(self.shape(g), dtype=torch.float64, device=self.device)
-            for block, ks in odd:
-                if ks:
-                    a, b = block.load()
-                    b = self.moves.apply(block.slots, b, frozenset())
-                    stay = [0, *(1 + o for o in block.slots[ks[0]].over), 1 + ks[0]]
-                    order = [*stay, *(d for d in range(a.dim()) if d not in stay)]
-                    product = (a.double() * b).permute(order)
-                    slope += product.flatten(len(stay)).sum(-1)
-            wrong = slope < -least.reshape(-1, *[1] * (slope.dim() - 1))
-            self.moves.factors[i] = torch.where(wrong, -1.0, 1.0) * self.moves.factors[i]
-            gain += torch.where(wrong, -2 * slope, 0.0).flatten(1).sum(1)
-        return gain
-
-
-def _crossed(block: Block, g: str) -> bool:
-    """True if a group is in a block three times, or in two contexts that differ."""
-    places = block.places(g)
-    return len(places) > 2 or len({block.slots[k].over for k in places}) > 1

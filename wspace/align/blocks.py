@@ -61,6 +61,33 @@ class Moves:
     permutations: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     factors: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
+    def copy(self) -> "Moves":
+        """The same, which later changes leave."""
+        return Moves(self.over, self.phases, {**self.permutations}, {**self.factors})
+
+    def part(self, rows: Tensor) -> "Moves":
+        """Those of some of the rows."""
+        return Moves(
+            self.over,
+            self.phases,
+            {g: x[rows] for g, x in self.permutations.items()},
+            {i: x[rows] for i, x in self.factors.items()},
+        )
+
+    def put(self, rows: Tensor, part: "Moves") -> None:
+        """Replaces those of some of the rows."""
+        for g, x in part.permutations.items():
+            self.permutations[g] = self.permutations[g].index_copy(0, rows, x)
+        for i, x in part.factors.items():
+            self.factors[i] = self.factors[i].index_copy(0, rows, x)
+
+    def put_where(self, good: Tensor, other: "Moves") -> None:
+        """Takes over others in the rows that are good, ``(rows,)``."""
+        for g, x in other.permutations.items():
+            self.permutations[g] = _where(good, x, self.permutations[g])
+        for i, x in other.factors.items():
+            self.factors[i] = _where(good, x, self.factors[i])
+
     def sign(self, gauge: int) -> Tensor:
         """What an odd exponent of a gauge multiplies by."""
         x = self.factors[gauge]
@@ -115,6 +142,10 @@ class Moves:
         names = (*self.over[name], name)
         over = tuple(names.index(o) for o in self.over[group])
         return gather(x[..., None], names.index(group), over, by)[..., 0]
+
+
+def _where(rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return y if x is y else torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, y)
 
 
 def gather(x: Tensor, k: int, over: Sequence[int], q: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Re-Basin, algorithm 1), extended to what that algorithm leaves out: groups that 
 starts that are better than the identity (`starts`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from wspace.action import KINDS, State, Transform, compose, identity, inverse
-from wspace.align.ascent import Ascent, Symmetry
+from wspace.align.ascent import Ascent
 from wspace.align.assign import Assigner
+from wspace.align.blocks import Moves
 from wspace.align.climb import Climb, climb
-from wspace.align.pairing import Mean, Moved, Pairing, batch_of, pair, symmetry_of
+from wspace.align.pairing import Mean, Moved, Pairing, batch_of, pair
 from wspace.align.starts import STARTS, begin
+from wspace.align.symmetry import Symmetry, symmetry_of
 from wspace.errors import SpaceMismatch, message
 from wspace.space import WeightSpace
 
@@ -27,8 +29,8 @@ from wspace.space import WeightSpace
 class Matching(Transform):
     """The group element that brings B to A, and how it was found.
 
-    The objective is ``(|a|² + |b|² - |a - moved b|²) / 2``: the inner product of A and B as moved,
-    unless phases move, which change the norm.
+    The objective is ``(|a|² + |b|² - |a - moved b|²) / 2``: the inner product of A and B as
+    moved, unless phases move, which change the norm.
 
     Attributes:
         objective: At the end, ``(*batch)``, float64.
@@ -65,10 +67,10 @@ def match(
 ) -> Matching:
     r"""The group element `t` for which ``act(t, b, space)`` is closest to `a`.
 
-    Maximises :math:`\sum_k \langle \theta^a_k, (t \cdot \theta^b)_k \rangle`, each tensor counted
-    once, by coordinate ascent: with all groups but one held, the best permutation of that one is a
-    linear assignment. The objective never decreases; the result is a local optimum. The states are
-    read tensor by tensor, so they may be memory-mapped; they are computed with on the device of `a`.
+    Maximises :math:`\sum_k \langle \theta^a_k, (t \cdot \theta^b)_k \rangle`, each tensor
+    counted once, by coordinate ascent: with all groups but one held, the best permutation of that
+    one is a linear assignment. The objective never decreases; the result is a local optimum. The
+    states are read tensor by tensor, so they may be memory-mapped; the device is that of `a`.
 
     With ``"scale"`` among the kinds both states are balanced first (`canonical.balance`), and the
     objective is that of the balanced states.
@@ -136,7 +138,7 @@ def match(
 
 
 def _balance(state: State, space: WeightSpace) -> Transform:
-    from wspace.align.canonical import balance
+    from wspace.align.balance import balance
 
     return balance(state, space)
 
@@ -198,8 +200,7 @@ class _Search:
         self.best: Tensor | None = None
         self.courses: list[Climb] = []
         self.won = torch.zeros(pairing.rows, dtype=torch.int64, device=pairing.device)
-        self.permutations: dict[str, Tensor] = {}
-        self.factors: dict[int, Tensor] = {}
+        self.moves = Moves(symmetry.over, symmetry.phases)
 
     def ascend(
         self, start: str, generator: torch.Generator | None, *, instead: bool = False
@@ -219,12 +220,11 @@ class _Search:
         better = torch.ones_like(reached, dtype=torch.bool)
         if self.best is None:
             self.best = reached
-            self.permutations, self.factors = problem.moves.permutations, problem.moves.factors
+            self.moves = problem.moves
         else:
             better = reached > self.best
             self.best = torch.where(better, reached, self.best)
-            _overwrite(self.permutations, problem.moves.permutations, better)
-            _overwrite(self.factors, problem.moves.factors, better)
+            self.moves.put_where(better, problem.moves)
         self.won[better] = len(self.courses)
         self.courses.append(course)
         if instead:
@@ -240,7 +240,7 @@ class _Search:
         return sum((x for b, x in blocks if id(b) not in counted), zero)
 
     def _history(self) -> Tensor:
-        """Histories of the ascents that won, ``(steps, rows)``: the last value fills what is left."""
+        """Histories of the ascents that won, ``(steps, rows)``, filled with their last values."""
         used = [*range(len(self.courses))]
         used = [i for i in used if bool((self.won == i).any())] or [0]
         steps = max(len(self.courses[i].history) for i in used)
@@ -263,8 +263,8 @@ class _Search:
         history = self._history()
         return Matching(
             space=self.space,
-            permutations={g: shaped(x) for g, x in self.permutations.items()},
-            factors={i: shaped(x) for i, x in self.factors.items()},
+            permutations={g: shaped(x) for g, x in self.moves.permutations.items()},
+            factors={i: shaped(x) for i, x in self.moves.factors.items()},
             objective=shaped(best),
             start_objective=shaped(self.before),
             history=history.reshape((-1, *lead)).cpu(),
@@ -272,12 +272,6 @@ class _Search:
             converged=all(c.converged for c in self.courses),
             restarts=torch.stack(self.restarts).reshape((-1, *lead)).cpu(),
         )
-
-
-def _overwrite(now: dict[Any, Tensor], new: Mapping[Any, Tensor], rows: Tensor) -> None:
-    """Takes some rows from other tensors."""
-    for key, x in new.items():
-        now[key] = torch.where(rows.reshape(-1, *[1] * (x.dim() - 1)), x, now[key])
 
 
 def objective(a: State, b: State, space: WeightSpace, *, buffers: bool = False) -> Tensor:

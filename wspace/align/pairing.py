@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from wspace.action import State, Transform, moved
-from wspace.align.ascent import Symmetry
 from wspace.align.assign import inner_product
 from wspace.align.blocks import Block
 from wspace.align.pieces import Piece, pieces
@@ -33,7 +32,7 @@ class Moved(Mapping[str, Tensor]):
 
 
 class Mean(Mapping[str, Tensor]):
-    """The mean of states, tensor by tensor as it is read; float64 where they are of low precision."""
+    """The mean of states, tensor by tensor as it is read; of float32 or better."""
 
     def __init__(self, states: Sequence[State]) -> None:
         self.states = states
@@ -98,50 +97,6 @@ def batch_of(states: Mapping[str, State], space: WeightSpace, who: str) -> tuple
             )
         )
     return next(iter(found.values()))
-
-
-def symmetry_of(space: WeightSpace, kinds: Sequence[str], groups: Sequence[str] | None) -> Symmetry:
-    """What may move.
-
-    Phases of groups on which others depend, or that occur twice in one tensor, stay as they are.
-
-    Args:
-        space: The weight space.
-        kinds: Symmetries to use; scales are none of the ascent's.
-        groups: Groups that may move; all free ones when None.
-
-    Returns:
-        The symmetry.
-    """
-    chosen = {*(space.groups if groups is None else groups)}
-    permuted = {g.name for g in space.groups.values() if not g.fixed and g.name in chosen}
-    permuted = permuted if "permutation" in kinds else set[str]()
-    gauges = {
-        i: gauge.group
-        for i, gauge in enumerate(space.gauges)
-        if gauge.kind in kinds and gauge.kind != "scale" and gauge.group in chosen
-    }
-    ruling = {o for g in space.groups.values() for o in g.over}
-    twice = {
-        s.group
-        for piece in pieces(space)
-        for s in piece.slots
-        if sum(t.group == s.group for t in piece.slots) > 1
-    }
-    phases = {i for i in gauges if space.gauges[i].kind == "phase"}
-    held = {i for i in phases if gauges[i] in ruling | twice}
-    for piece in pieces(space):  # of two phases that move one tensor, the first
-        here = [i for s in piece.slots for i, _ in s.shifts if i in phases - held]
-        held |= {*here[1:]}
-    gauges = {i: g for i, g in gauges.items() if i not in held}
-    free = [g for g in space.groups.values() if g.name in permuted or g.name in gauges.values()]
-    return Symmetry(
-        sizes={g.name: g.size for g in free},
-        over={g.name: g.over for g in free},
-        permuted=frozenset(permuted),
-        gauges=gauges,
-        phases=frozenset(phases - held),
-    )
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Concatenations are sliced, products are split, and the slices of a family (one t
 are stacked. A piece is read from a state when it is needed, so that a memory-mapped state is never
 in memory as a whole. Which gauges act on an axis of a piece is written beside it.
 
-Layout of a piece: ``(rows, *slots, rest)``. Rows are the batch axes, flattened; a slot is an axis of
-a free group, or of a fixed one on which a free one depends; all other axes are in the rest.
+Layout of a piece: ``(rows, *slots, rest)``. Rows are the batch axes, flattened; a slot is an axis
+of a free group, or of a fixed one on which a free one depends; all other axes are in the rest.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

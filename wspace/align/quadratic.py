@@ -1,9 +1,12 @@
 r"""Quadratic assignment: groups that occur on two axes of one piece.
 
-Maximises :math:`f(P) = \langle C, P \rangle + \sum \langle A, P B P^\top \rangle` over permutations:
-all of them for few units; else Frank-Wolfe over doubly stochastic matrices with exact line search,
-from the identity and from the barycentre (Vogelstein et al. 2015, Fast Approximate Quadratic
-Programming, algorithm 1), projected, then exchanges of two units while one gains.
+What is maximised over permutations, with the pieces' A and B, is
+
+.. math:: f(P) = \langle C, P \rangle + \sum \langle A, P B P^\top \rangle.
+
+For few units all of them are tried; else Frank-Wolfe over doubly stochastic matrices with exact
+line search, from the identity and from the barycentre (Vogelstein et al. 2015, Fast Approximate
+Quadratic Programming, algorithm 1), projected, then exchanges of two units while one gains.
 """
 
 from collections.abc import Sequence
@@ -121,8 +124,8 @@ def _exchange_gains(linear: Tensor, pairs: Pairs, p: Tensor) -> Tensor:
     row = torch.arange(len(p), device=p.device)[:, None, None]
     moved = linear.gather(2, p[:, None, :].expand_as(linear))
     total = _swap(moved)
-    for a, b in pairs:
-        b = b[row, p[:, :, None], p[:, None, :]]
+    for a, given in pairs:
+        b = given[row, p[:, :, None], p[:, None, :]]
         r, n, _, f = a.shape
         over_columns = a.reshape(r, n, n * f) @ b.reshape(r, n, n * f).mT
         at, bt = a.transpose(1, 2), b.transpose(1, 2)

@@ -7,17 +7,19 @@ units themselves are then a linear assignment over these values.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wspace.align.assign import Ask, Similarity
+from wspace.align.assign import Ask, inner_product
 from wspace.align.blocks import Block, Moves
 from wspace.align.pieces import Slot
+from wspace.align.signs import Similarity
+from wspace.align.symmetry import Symmetry
 
 if TYPE_CHECKING:
-    from wspace.align.ascent import Ascent, Symmetry
+    from wspace.align.ascent import Ascent
 
 CHUNK = 1 << 22
 """Numbers that the costs of one chunk of pairs may have."""
@@ -41,7 +43,7 @@ class Part:
         exact: True if the best is found.
     """
 
-    symmetry: "Symmetry"
+    symmetry: Symmetry
     plain: bool
     exact: bool
 
@@ -75,7 +77,7 @@ def inner_slots(block: Block, g: str, family: Sequence[str]) -> tuple[list[int],
 
 
 def parts_of(
-    g: str, symmetry: "Symmetry", blocks: Sequence[Block], extent: Mapping[str, int]
+    g: str, symmetry: Symmetry, blocks: Sequence[Block], extent: Mapping[str, int]
 ) -> list[Part]:
     """Dependants of a group, apart where no block and no dependence joins them.
 
@@ -107,12 +109,12 @@ def parts_of(
     return found
 
 
-def _exact(symmetry: "Symmetry", inside: list[tuple[Slot, ...]], extent: Mapping[str, int]) -> bool:
+def _exact(symmetry: Symmetry, inside: list[tuple[Slot, ...]], extent: Mapping[str, int]) -> bool:
     problem = _ascent(symmetry, [Inner(s, torch.empty(0), torch.empty(0)) for s in inside], extent)
     return len(problem.units) == 1 and problem.exact(problem.units[0])
 
 
-def _ascent(symmetry: "Symmetry", inner: Sequence[Inner], extent: Mapping[str, int]) -> "Ascent":
+def _ascent(symmetry: Symmetry, inner: Sequence[Inner], extent: Mapping[str, int]) -> "Ascent":
     """The problem within units; A and B are ``(rows, *slots, rest)``."""
     from wspace.align.ascent import Ascent
 
@@ -143,12 +145,10 @@ def values(part: Part, inner: Sequence[Inner], extent: Mapping[str, int], table:
         Costs of linear assignments.
     """
     here = [x for x in inner if part.reaches(x.slots)]
-    if not here:
-        return
     rows, n, _ = table.shape
     name = next(iter(part.symmetry.sizes))
     load = part.symmetry.sizes[name] ** 2 if part.plain else _load(here)
-    for i, j in _chunks(n, max(1, CHUNK // max(1, rows * load))):
+    for i, j in _chunks(n, max(1, CHUNK // max(1, rows * load))) if here else ():
         if part.plain:
             sim = _tables(part, here, i, j)
             best = sim.best()
@@ -231,3 +231,81 @@ def matched(part: Part, inner: Sequence[Inner], extent: Mapping[str, int], p: Te
     problem = _ascent(part.symmetry, here, extent)
     yield from problem.settle()
     return problem.moves
+
+
+# ------------------------------------------------------------------------- a step
+
+
+def joined(of: "Ascent", g: str, here: Sequence[Block]) -> Ask:
+    """Best permutation of a group, each pair of its units with the best of all within them."""
+    s = of.symmetry
+    family = (g, *s.dependants[g])
+    n, contexts = s.sizes[g], of.of_contexts(g)
+    parts = of.parts(g)
+    inner = [_inner(of, block, g, family) for block in here]
+    # all pairs of units
+    table = torch.zeros(of.rows * contexts, n, n, dtype=torch.float64, device=of.device)
+    for item in inner:
+        if not item.slots:
+            table += item.a @ item.b.mT
+    for part in parts:
+        yield from values(part, inner, of.extent, table)
+    q = yield table
+    old = _now(of, g, here)
+    gain = table.gather(-1, q[..., None]).sum((1, 2)) - old
+    good = gain > of.contexts(g, of.least(here))
+    if not bool(good.any()):
+        return torch.zeros_like(gain)
+    for part in parts:
+        found = yield from matched(part, inner, of.extent, q)
+        for name, x in found.permutations.items():
+            _put(of, g, name, of.moves.permutations, name, x, good)
+        for i, x in found.factors.items():
+            _put(of, g, s.gauges[i], of.moves.factors, i, x, good)
+    _put(of, g, g, of.moves.permutations, g, q, good)
+    return torch.where(good, _now(of, g, here) - old, 0.0)
+
+
+def _inner(of: "Ascent", block: Block, g: str, family: Sequence[str]) -> Inner:
+    """A block as its units' contents: A and B ``(rows * contexts, n, *slots, rest)``."""
+    own = block.places(g)[0]
+    keep, slots = inner_slots(block, g, family)
+    a, b = of.read(block, g, skip=family, keep=keep)
+    for i, exponent in block.slots[own].exponents:
+        if exponent % 2 and i in of.moves.factors:  # B's sign is read where it comes to
+            sign = of.moves.factors[i].reshape(a.shape[:2])
+            a = a * sign.reshape(*sign.shape, *[1] * (a.dim() - 2)).to(a.dtype)
+    return Inner(slots, a, b)
+
+
+def _now(of: "Ascent", g: str, here: Sequence[Block]) -> Tensor:
+    """Inner product as things stand, for each row and context of a group."""
+    total = torch.zeros((), dtype=torch.float64, device=of.device)
+    for block in here:
+        a, b = of.read(block, g, skip=())
+        total = total + inner_product(a, b)
+    return total
+
+
+def _put(
+    of: "Ascent", g: str, name: str, where: dict[Any, Tensor], key: Any, x: Tensor, good: Tensor
+) -> None:
+    """Writes what was found in every context of `g` to where it belongs, in good rows.
+
+    `x` is ``(rows * contexts [* n], *what is left of over, size)``.
+    """
+    s = of.symmetry
+    outer = [*s.over[g], g] if name != g else [*s.over[g]]
+    left = [o for o in s.over[name] if o not in outer]
+    sizes = [*(of.extent[o] for o in outer), *(of.extent[o] for o in left)]
+    x = x.reshape(of.rows, *sizes, s.sizes[name])
+    order = [(*outer, *left).index(o) for o in s.over[name]]
+    x = x.permute(0, *(1 + k for k in order), -1)
+    mask = good.reshape(of.rows, *(of.extent[o] for o in s.over[g]))
+    places = [s.over[name].index(o) for o in s.over[g]]
+    shape = [of.rows, *[1] * len(s.over[name]), 1]
+    for place in places:
+        shape[1 + place] = of.extent[s.over[name][place]]
+    turn = sorted(range(len(places)), key=places.__getitem__)
+    mask = mask.permute(0, *(1 + k for k in turn)).reshape(shape)
+    where[key] = torch.where(mask, x, where[key])
