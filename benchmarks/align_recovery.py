@@ -1,14 +1,17 @@
 """How often does matching undo a random permutation exactly? By start, restarts and network.
 
-``match(θ, act(t, θ))`` for many random `t` at once, as one batch; recovered if the result brings
-``act(t, θ)`` back to `θ` bit for bit. Coordinate ascent finds local optima, so it need not. The
-restarts are random: what a number of them gives is read off one run with the most.
+``match(θ, act(t, θ + noise))`` for many random `t` and noises at once, as one batch. The noise is
+normal, with the standard deviation of each tensor times ``--noise``. Matching succeeds if its
+objective is at least that of the inverse of `t`: without noise this is exact recovery, with noise
+`t` itself need not be the best. Coordinate ascent finds local optima, so it may fail. The restarts
+are random: what a number of them gives is read off one run with the most.
 
 Trained networks are those of `align_models`, if ``--networks`` names their folder.
 """
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +31,7 @@ State = dict[str, Tensor]
 
 
 def mlp(depth: int, width: int = 32) -> nn.Module:
+    """16, hidden layers, 10."""
     layers: list[nn.Module] = []
     sizes = [16, *[width] * depth]
     for a, b in zip(sizes, sizes[1:], strict=False):
@@ -67,6 +71,7 @@ class Square(nn.Module):
 
 
 def cnn() -> nn.Module:
+    """Two convolutions, average, a linear layer."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(32, 10),
@@ -75,8 +80,8 @@ def cnn() -> nn.Module:
 
 ROWS, IMAGE = torch.zeros(2, 16), torch.zeros(2, 3, 16, 16)
 UNTRAINED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    **{f"MLP, {d} hidden layers of 32": (lambda d=d: mlp(d), ROWS) for d in range(1, 6)},
-    "MLP, 3 hidden layers of 128": (lambda: mlp(3, 128), ROWS),
+    **{f"MLP, hidden layers: {d} of 32": (lambda d=d: mlp(d), ROWS) for d in range(1, 6)},
+    "MLP, hidden layers: 3 of 128": (lambda: mlp(3, 128), ROWS),
     "residual MLP, stream 24, inner 40": (lambda: Residual(24, 40), ROWS),
     "square residual MLP, stream 30": (lambda: Square(30), ROWS),
     "square residual MLP, stream 50": (lambda: Square(50), ROWS),
@@ -100,30 +105,40 @@ def networks(folder: Path | None) -> Iterator[tuple[str, str, wspace.WeightSpace
 
 
 def recovered(
-    space: wspace.WeightSpace, state: State, start: str, counts: tuple[int, int], chunk: int
+    space: wspace.WeightSpace, state: State, start: str, noise: float, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Shares of recovered transforms after each number of restarts; and seconds for each."""
-    draws, restarts = counts
+    """Shares of successes after each number of restarts, of bits restored, of units; seconds."""
+    draws, restarts, chunk = options.draws, options.restarts, options.chunk
     generator = torch.Generator().manual_seed(2)
     exact: list[Tensor] = []
-    bits, seconds = 0, 0.0
+    bits, right, units, seconds = 0, 0, 0, 0.0
     for first in range(0, draws, chunk):
         n = min(chunk, draws - first)
         t = wspace.sample(space, batch=(n,), generator=generator)
         rows = {k: x.detach().expand(n, *x.shape) for k, x in state.items()}
-        moved = wspace.act(t, rows, space)
+        other = {k: blurred(x, noise, generator) for k, x in rows.items()}
+        moved = wspace.act(t, other, space)
         begin = time.perf_counter()
         found = match(rows, moved, space, start=start, restarts=restarts, generator=generator)
         seconds += time.perf_counter() - begin
-        whole = objective(rows, rows, space)
-        exact.append(found.restarts >= whole * (1 - 1e-9))
+        exact.append(found.restarts >= objective(rows, other, space) * (1 - 1e-9))
         back = wspace.act(found, moved, space)
-        same = torch.stack(
-            [(back[p.name] == rows[p.name]).flatten(1).all(1) for p in space.params]
-        ).all(0)
-        bits += int(same.sum())
-    hits = torch.cat(exact, 1).cummax(0).values.double().mean(1)
-    return {"hits": hits.tolist(), "bits": bits / draws, "seconds": seconds / draws}
+        same = [(back[p.name] == other[p.name]).flatten(1).all(1) for p in space.params]
+        bits += int(torch.stack(same).all(0).sum())
+        for group, p in wspace.inverse(t).permutations.items():
+            right += int((found.permutations[group] == p).sum())
+            units += p.numel()
+    hits = torch.cat(exact, 1).cummax(0).values.double().mean(1).tolist()
+    shares = {"bits": bits / draws, "units": right / units, "seconds": seconds / draws}
+    return {"noise": noise, "start": start, "hits": hits, **shares}
+
+
+def blurred(x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """A tensor with noise, another for each row."""
+    if not noise or not x.is_floating_point():
+        return x
+    size = x[0].std() if x[0].numel() > 1 else 0.0
+    return x + noise * size * torch.randn(x.shape, generator=generator)
 
 
 def main() -> None:
@@ -133,6 +148,7 @@ def main() -> None:
     parser.add_argument("--starts", nargs="*", choices=STARTS, default=list(STARTS))
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--restarts", type=int, default=20)
+    parser.add_argument("--noise", nargs="*", type=float, default=[0.0, 0.5, 1.0])
     parser.add_argument("--chunk", type=int, default=10, help="matched at once")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--threads", type=int, default=1)
@@ -145,19 +161,18 @@ def main() -> None:
     for name, weights, space, state in networks(options.networks):
         if options.only and name not in options.only:
             continue
-        cells, spent = [], []
-        for start in options.starts:
-            counts = (options.draws, options.restarts)
-            f = recovered(space, state, start, counts, options.chunk)
-            figures.append({"network": name, "weights": weights, "start": start, **f})
-            cells.append(" / ".join(f"{100 * f['hits'][k]:.0f}" for k in steps))
-            spent.append(f"{f['seconds']:.2f}")
-            print(json.dumps(figures[-1]), flush=True)
-        lines.append([name, weights, len(space.groups), *cells, " / ".join(spent)])
-    label = " / ".join(map(str, steps))
-    head = ["network", "weights", "groups", *(f"{s}, %" for s in options.starts)]
-    print(f"\nRecovered of {options.draws}, after {label} restarts\n")
-    table([*head, "s for one with restarts"], lines)
+        for noise in options.noise:
+            cells = []
+            found = [recovered(space, state, s, noise, options) for s in options.starts]
+            for f in found:
+                figures.append({"network": name, "weights": weights, **f})
+                print(json.dumps(figures[-1]), file=sys.stderr, flush=True)
+                cells.append(" / ".join(f"{100 * f['hits'][k]:.0f}" for k in steps))
+            units = " / ".join(f"{100 * f['units']:.1f}" for f in found)
+            lines.append([name, weights, noise, *cells, units, f"{found[0]['seconds']:.2f}"])
+    print(f"Of {options.draws}, after {' / '.join(map(str, steps))} restarts\n")
+    head = ["network", "weights", "noise", *(f"{s}, %" for s in options.starts)]
+    table([*head, "units in place, %", "s for one, with restarts"], lines)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -54,7 +54,7 @@ AUGMENTATIONS: dict[str, Callable[[], list[Augment]]] = {
     "translate": lambda: [Translate(0.25)],
     "rotate": lambda: [Rotate(15)],
     "zoom": lambda: [Zoom(0.2)],
-    "noise": lambda: [Noise(0.2)],
+    "noise": lambda: [Noise(0.05)],
     "drop": lambda: [Drop(0.1)],
     "quantile": lambda: [Quantile(0.1)],
     "label smoothing": list,
@@ -67,7 +67,7 @@ AUGMENTATIONS: dict[str, Callable[[], list[Augment]]] = {
     "mixup, permuted, small shares": lambda: [PermutedMixUp(SMALL, kinds=KEEP)],
     "mixup, aligned, small shares": lambda: [AlignedMixUp(SMALL)],
     "input maps": lambda: [Rotate(15), Zoom(0.2), Translate(0.25)],
-    "combined": lambda: [Translate(0.25), Noise(0.2), Symmetry(KEEP), AlignedMixUp()],
+    "combined": lambda: [Translate(0.25), Noise(0.05), Symmetry(KEEP), AlignedMixUp()],
     "input maps, then aligned": lambda: [
         *(Rotate(15), Zoom(0.2), Translate(0.25)),
         AlignedMixUp(SMALL),

@@ -142,20 +142,20 @@ def test_maps_are_what_they_are_called() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
-    "scaled": (lambda m, x: chain(m, 2 * x), "addmm of what is made of it"),
-    "moved": (lambda m, x: chain(m, x + 1), "addmm of what is made of it"),
-    "squared": (lambda m, x: chain(m, x * x), "addmm of what is made of it"),
-    "mirrored": (lambda m, x: chain(m, x.flip(-1)), "addmm of what is made of it"),
-    "turned": (lambda m, x: chain(m, x.mT.contiguous().mT), "addmm of what is made of it"),
-    "rounded": (lambda m, x: chain(m, x.long().double()), "addmm of what is made of it"),
-    "part": (lambda m, x: x[:, :1] @ m.a.weight[:, :1].T + m.a.bias, "mm of what is made of it"),
+    "scaled": (lambda m, x: chain(m, 2 * x), "addmm, after other operators"),
+    "moved": (lambda m, x: chain(m, x + 1), "addmm, after other operators"),
+    "squared": (lambda m, x: chain(m, x * x), "addmm, after other operators"),
+    "mirrored": (lambda m, x: chain(m, x.flip(-1)), "addmm, after other operators"),
+    "turned": (lambda m, x: chain(m, x.mT.contiguous().mT), "addmm, after other operators"),
+    "rounded": (lambda m, x: chain(m, x.long().double()), "addmm, after other operators"),
+    "part": (lambda m, x: x[:, :1] @ m.a.weight[:, :1].T + m.a.bias, "mm, after other operators"),
     "encoded": (
         lambda m, x: m.e(torch.relu(m.c(torch.cat([x, x.sin(), x.cos(), x[:, :1]], -1)))),
-        "addmm of what is made of it",
+        "addmm, after other operators",
     ),
     "beside its sine": (
         lambda m, x: m.e(torch.relu(m.c(torch.cat([torch.relu(m.a(x)), x.sin()], -1)))),
-        "cat of what is made of it",
+        "cat, after other operators",
     ),
     "skip and relu": (
         lambda m, x: m.e(m.c(torch.cat([m.a(x), x], -1).relu())), "relu"),
@@ -165,25 +165,25 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     ),
     "scaled by a parameter": (lambda m, x: chain(m, m.scale * x), "mul"),
     "times its norm": (
-        lambda m, x: m.b(m.a(x) * x.norm(dim=-1, keepdim=True)), "mul of what is made of it"),
-    "window": (lambda m, x: chain(m, x) * x.sum(-1, keepdim=True), "mul of what is made of it"),
+        lambda m, x: m.b(m.a(x) * x.norm(dim=-1, keepdim=True)), "mul, after other operators"),
+    "window": (lambda m, x: chain(m, x) * x.sum(-1, keepdim=True), "mul, after other operators"),
     "condition": (
         lambda m, x: m.b(torch.where(x[:, :1] > 0, torch.tanh(m.a(x)), 1.0)),
-        "where of what is made of it",
+        "where, after other operators",
     ),
     "written to": (lambda m, x: chain(m, x.add_(1)), "an operator that writes to it"),
     "written to through a view": (
         lambda m, x: (y := x.view(-1, 2), x.mul_(2), chain(m, y))[2],
         "an operator that writes to it",
     ),
-    "two ways": (lambda m, x: chain(m, x) + m.e(m.c(torch.cat([m.a(x), x * x], -1))), "cat of"),
+    "two ways": (lambda m, x: chain(m, x) + m.e(m.c(torch.cat([m.a(x), x * x], -1))), "cat, after"),
     "matrix used twice": (
         lambda m, x: m.b(m.a(m.a(x)[:, :2])), "addmm, which also reads a.weight"),
     "matrix used before": (
         lambda m, x: m.b(m.a(x) @ m.a.weight @ m.a.weight.T), "mm, which also reads a.weight"),
     "computed matrix": (lambda m, x: m.b(torch.tanh(x @ m.a.weight.T.exp())), "mm"),
-    "einsum": (lambda m, x: m.b(torch.einsum("bi,oi->bo", x, m.a.weight)), "bmm of"),
-    "on the right": (lambda m, x: m.b((m.a.weight @ x.mT).mT), "mm of what is made of it"),
+    "einsum": (lambda m, x: m.b(torch.einsum("bi,oi->bo", x, m.a.weight)), "bmm, after"),
+    "on the right": (lambda m, x: m.b((m.a.weight @ x.mT).mT), "mm, after other operators"),
 }  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def test_one_of_several_inputs() -> None:
         mapped = given @ a.mT + (0 if t is None else t[:, None])
         moved = (mapped, direction) if given is x else (x, mapped)
         assert_close(said(graph, *moved), said(made, x, direction))
-    with pytest.raises(SpaceMismatch, match=r"(?s)maps input 1.*read by mul of"):
+    with pytest.raises(SpaceMismatch, match=r"(?s)maps input 1.*read by mul, after"):
         Translate(input=1)(graph, torch.Generator())
     with pytest.raises(SpaceMismatch, match=r"(?s)no input 3.*one of the 3 tensors"):
         Translate(input=3)(graph, torch.Generator())

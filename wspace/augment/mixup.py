@@ -232,7 +232,7 @@ class SelfMixUp(Mixing):
         sweeps: Upper limit on the sweeps of `wspace.align.match`.
     """
 
-    augment: Sequence[Augment] = (Symmetry(("permutation", "sign", "phase")), Noise(0.2))
+    augment: Sequence[Augment] = (Symmetry(("permutation", "sign", "phase")), Noise(0.1))
     kinds: tuple[str, ...] = MATCHED
     sweeps: int = 100
 

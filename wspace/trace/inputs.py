@@ -107,7 +107,7 @@ class _Walk:
     def _other(self, value: Value, name: str) -> None:
         """Notes that something else reads the inputs that a value holds, or is computed from."""
         read: Iterable[int] = value.inputs if value.kind == INPUT else ()
-        text = name if value.kind != INPUT or value.whole else f"{name} of what is made of it"
+        text = name if value.kind != INPUT or value.whole else f"{name}, after other operators"
         for k in {*read, *(k for k, _ in self._parts(value))}:
             self.others[k][text] = None
 
