@@ -15,6 +15,7 @@ weights keeps the factor 1.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from wspace.space import WeightSpace
 
 STILL = 1e-12
 FORCING = 1e-4
+HALVINGS = 12
 
 
 def balance(state: State, space: WeightSpace, *, steps: int = 100) -> Transform:
@@ -64,9 +66,8 @@ def balance(state: State, space: WeightSpace, *, steps: int = 100) -> Transform:
     groups = dict.fromkeys(g.group for g in space.gauges if g.kind == "scale")
     if not groups or 0 in batch:
         return Transform(space, {}, {})
-    energies = [e for piece in pieces(space, buffers=True) for e in _energies(piece, state, batch)]
     unknowns = _Unknowns(space, tuple(groups), prod(batch))
-    logs = _Problem(unknowns, energies).solve(steps)
+    logs = _Problem(unknowns, _terms(unknowns, state, space, len(batch))).solve(steps)
     factors = {
         i: x.exp().reshape(*batch, *x.shape[1:])
         for name, gauges in unknowns.gauges.items()
@@ -75,57 +76,94 @@ def balance(state: State, space: WeightSpace, *, steps: int = 100) -> Transform:
     return Transform(space, {}, factors)
 
 
-@dataclass(frozen=True)
-class _Energy:
-    """Squares of a piece, summed over all that no scale tells apart.
+class _Factor(NamedTuple):
+    """How the factors of one group multiply the squares of a term.
 
     Attributes:
-        piece: The piece.
-        kept: Slots that `squares` has axes for.
-        squares: ``(rows, *kept)``, float64.
-        scaled: Slots on which some gauge acts.
+        group: The group.
+        places: Axes of the squares that its units lie along, ``(*over, own)``.
+        exponents: One for each of the group's gauges.
     """
 
-    piece: Piece
-    kept: tuple[int, ...]
-    squares: Tensor
-    scaled: tuple[int, ...]
+    group: str
+    places: tuple[int, ...]
+    exponents: tuple[float, ...]
 
-    def marginal(self, weights: dict[int, Tensor], target: tuple[int, ...]) -> Tensor:
-        """The weighted squares summed over all slots but some.
+
+@dataclass
+class _Term:
+    """Squares of entries that are multiplied in one way, summed over what no scale tells apart.
+
+    Attributes:
+        squares: ``(rows, *axes)``, float64.
+        factors: What multiplies them.
+    """
+
+    squares: Tensor
+    factors: tuple[_Factor, ...]
+
+    def marginal(self, weights: Sequence[Tensor], target: tuple[int, ...]) -> Tensor:
+        """The weighted squares summed over all axes but some.
 
         Args:
-            weights: By scaled slot, ``(rows, *over, size)``.
-            target: The slots whose axes remain, in order.
+            weights: For each factor, ``(rows, *over, size)``.
+            target: The axes that remain, in order.
 
         Returns:
             ``(rows, *target)``.
         """
-        x, axes = self.squares, list(self.kept)
-        waiting = sorted(self.scaled, key=lambda k: (k in target, -len(places(self.piece, k))))
+        if len(weights) == 2 and target in ((0,), (1,)) and self.squares.dim() == 3:
+            own, other = weights if target == self.factors[0].places else reversed(weights)
+            x = self.squares if target == (0,) else self.squares.mT
+            return own * (x @ other[..., None])[..., 0]
+        x, axes = self.squares, list(range(self.squares.dim() - 1))
+        order = range(len(weights))
+        waiting = sorted(order, key=lambda f: (self._inside(f, target), -self._depth(f)))
         while waiting:
-            k, *waiting = waiting
-            own = places(self.piece, k)
-            needed = {*target, *(j for w in waiting for j in places(self.piece, w))}
+            f, *waiting = waiting
+            needed = {*target, *(j for w in waiting for j in self.factors[w].places)}
             left = [a for a in axes if a in needed]
-            x = torch.einsum(x, [0, *_labels(axes)], weights[k], [0, *_labels(own)],
-                             [0, *_labels(left)])  # fmt: skip
+            places = self.factors[f].places
+            x = torch.einsum(x, _labels(axes), weights[f], _labels(places), _labels(left))
             axes = left
-        return torch.einsum(x, [0, *_labels(axes)], [0, *_labels(target)])
+        return x if axes == list(target) else torch.einsum(x, _labels(axes), _labels(target))
+
+    def _inside(self, f: int, target: tuple[int, ...]) -> bool:
+        return set(self.factors[f].places) <= set(target)
+
+    def _depth(self, f: int) -> int:
+        return len(self.factors[f].places)
 
 
-def _labels(slots: Sequence[int]) -> list[int]:
-    return [1 + k for k in slots]
+def _labels(axes: Sequence[int]) -> list[int]:
+    return [0, *(1 + a for a in axes)]
 
 
-def _energies(piece: Piece, state: State, batch: tuple[int, ...]) -> Iterator[_Energy]:
-    scaled = tuple(k for k, s in enumerate(piece.slots) if s.scales)
-    if not scaled:
-        return
-    kept = sorted({j for k in scaled for j in places(piece, k)})
-    x = piece.read(state, len(batch)).double().square().sum(-1)
-    gone = [1 + k for k in range(len(piece.slots)) if k not in kept]
-    yield _Energy(piece, tuple(kept), x.sum(gone) if gone else x, scaled)
+def _terms(unknowns: "_Unknowns", state: State, space: WeightSpace, lead: int) -> list[_Term]:
+    """The total square as few terms: pieces that are multiplied in one way are added up."""
+    found: dict[tuple[object, ...], _Term] = {}
+    for piece in pieces(space, buffers=True):
+        scaled = [k for k, s in enumerate(piece.slots) if s.scales]
+        if not scaled:
+            continue
+        kept = sorted({j for k in scaled for j in places(piece, k)})
+        x = piece.read(state, lead).double().square().sum(-1)
+        gone = [1 + k for k in range(len(piece.slots)) if k not in kept]
+        x = x.sum(gone) if gone else x
+        factors = tuple(_factor(unknowns, piece, k, kept) for k in scaled)
+        key = (x.shape, factors)
+        if key in found:
+            found[key].squares = found[key].squares + x
+        else:
+            found[key] = _Term(x, factors)
+    return list(found.values())
+
+
+def _factor(unknowns: "_Unknowns", piece: Piece, k: int, kept: list[int]) -> _Factor:
+    slot = piece.slots[k]
+    held = dict(slot.scales)
+    exponents = tuple(float(held.get(i, 0)) for i in unknowns.gauges[slot.group])
+    return _Factor(slot.group, tuple(kept.index(j) for j in places(piece, k)), exponents)
 
 
 class _Unknowns:
@@ -158,13 +196,6 @@ class _Unknowns:
         """The numbers of one group, ``(rows, *over, size, gauges)``: a view."""
         return vector[:, self._where[group]].unflatten(1, self.shapes[group])
 
-    def exponents(self, energy: _Energy, k: int) -> Tensor:
-        """Exponents of the gauges of a slot's group in that slot, ``(gauges,)``."""
-        slot = energy.piece.slots[k]
-        held = dict(slot.scales)
-        row = [float(held.get(i, 0)) for i in self.gauges[slot.group]]
-        return torch.tensor(row, dtype=torch.float64)
-
     def common(self, vector: Tensor) -> Tensor:
         """Sums over the units of each gauge, ``(rows, all gauges)``."""
         parts = [self.of(vector, g).flatten(1, -2).sum(1) for g in self.gauges]
@@ -184,66 +215,59 @@ class _Unknowns:
 class _Problem:
     """The total square as a function of the logarithms of the scales, and its minimum."""
 
-    def __init__(self, unknowns: _Unknowns, energies: list[_Energy]) -> None:
-        self.u, self.energies = unknowns, energies
-        self.exponents = {(e, k): unknowns.exponents(x, k) for e, x in enumerate(energies)
-                          for k in x.scaled}  # fmt: skip
-        self.totals = torch.stack(
-            [self._total(e) for e in range(len(energies))]
-            or [torch.zeros(sum(map(len, unknowns.gauges.values())), dtype=torch.float64)]
-        )
+    def __init__(self, unknowns: _Unknowns, terms: list[_Term]) -> None:
+        self.u, self.terms = unknowns, terms
+        self.rates = {
+            (f.group, f.exponents): torch.tensor(f.exponents, dtype=torch.float64)
+            for term in terms
+            for f in term.factors
+        }
+        self.totals = torch.stack([self._total(term) for term in terms])
         self.pull = self._counterweights()
 
-    def _total(self, e: int) -> Tensor:
+    def _total(self, term: _Term) -> Tensor:
         """Exponents of factors common to all units of each gauge."""
         parts: list[Tensor] = []
         for g, gauges in self.u.gauges.items():
-            own = [k for k in self.energies[e].scaled if self.energies[e].piece.slots[k].group == g]
             none = torch.zeros(len(gauges), dtype=torch.float64)
-            parts.append(sum((self.exponents[e, k] for k in own), none))
+            parts.append(sum((self.rate(f) for f in term.factors if f.group == g), none))
         return torch.cat(parts)
 
-    def _weights(self, x: Tensor) -> list[dict[int, Tensor]]:
-        """For each energy, what each scaled slot multiplies the squares by."""
-        return [
-            {
-                k: (2 * self.u.of(x, energy.piece.slots[k].group) @ self.exponents[e, k]).exp()
-                for k in energy.scaled
-            }
-            for e, energy in enumerate(self.energies)
-        ]
+    def rate(self, f: _Factor) -> Tensor:
+        """Exponents of the gauges of a factor's group, ``(gauges,)``."""
+        return self.rates[f.group, f.exponents]
 
-    def _own(self, weights: list[dict[int, Tensor]]) -> dict[tuple[int, int], Tensor]:
-        """Weighted squares of every unit, by energy and slot."""
-        return {
-            (e, k): energy.marginal(weights[e], places(energy.piece, k))
-            for e, energy in enumerate(self.energies)
-            for k in energy.scaled
+    def weights(self, x: Tensor) -> list[list[Tensor]]:
+        """For each term, what its factors are at a point."""
+        known = {
+            (g, exponents): (2 * self.u.of(x, g) @ rate).exp()
+            for (g, exponents), rate in self.rates.items()
         }
+        return [[known[f.group, f.exponents] for f in term.factors] for term in self.terms]
+
+    def own(self, weights: list[list[Tensor]]) -> Iterator[tuple[_Factor, Tensor]]:
+        """Weighted squares of every unit, for each factor of each term."""
+        for term, held in zip(self.terms, weights, strict=True):
+            for f in term.factors:
+                yield f, term.marginal(held, f.places)
 
     def _counterweights(self) -> Tensor:
         """1 for a unit whose weights only grow with its factor, −1 if they only shrink, else 0."""
         up, down = self.u.zeros(), self.u.zeros()
-        for (e, k), own in self._own(self._weights(self.u.zeros())).items():
+        for f, own in self.own(self.weights(self.u.zeros())):
             for side, sign in ((up, 1), (down, -1)):
-                acts = sign * self.exponents[e, k] > 0
-                self.u.of(side, self._group(e, k)).add_((own > 0)[..., None] & acts)
+                acts = sign * self.rate(f) > 0
+                self.u.of(side, f.group).add_((own > 0)[..., None] & acts)
         return ((up > 0) & (down == 0)).double() - ((down > 0) & (up == 0)).double()
-
-    def _group(self, e: int, k: int) -> str:
-        return self.energies[e].piece.slots[k].group
 
     def value(self, x: Tensor) -> Tensor:
         """The total square less the counterweights, ``(rows,)``."""
-        weights = self._weights(x)
-        parts = [e.marginal(weights[i], ()) for i, e in enumerate(self.energies)]
+        parts = [t.marginal(w, ()) for t, w in zip(self.terms, self.weights(x), strict=True)]
         return sum(parts[1:], parts[0]) - 2 * (self.pull * x).sum(1)
 
     def solve(self, steps: int) -> Tensor:
         """Newton's method; rows that stand still are left alone."""
         x, moving = self.u.zeros(), torch.ones(self.u.rows, dtype=torch.bool)
-        if not self.energies:
-            return x
         best = self.value(x)
         for _ in range(steps):
             step = _Quadratic(self, x).minimum(moving)
@@ -252,12 +276,13 @@ class _Problem:
             if not moving.any():
                 break
             step = step / size.clamp(min=1.0)[:, None] * moving[:, None]
-            for _ in range(12):
-                value = self.value(x + step)
+            value = self.value(x + step)
+            for _ in range(HALVINGS):
                 worse = value > best + 1e-13 * best.abs()
                 if not worse.any():
                     break
                 step = torch.where(worse[:, None], step / 2, step)
+                value = self.value(x + step)
             x, best = x + step, torch.minimum(value, best)
         return x
 
@@ -267,20 +292,19 @@ class _Quadratic:
 
     def __init__(self, problem: _Problem, x: Tensor) -> None:
         self.p, self.u = problem, problem.u
-        self.weights = problem._weights(x)
-        self.own = problem._own(self.weights)
+        self.weights = problem.weights(x)
         self.slope = -2 * problem.pull
         self.local = {
             g: torch.zeros(self.u.rows, *shape, shape[-1], dtype=torch.float64)
             for g, shape in self.u.shapes.items()
         }
-        for (e, k), own in self.own.items():
-            rates, g = problem.exponents[e, k], problem._group(e, k)
-            self.u.of(self.slope, g).add_(2 * own[..., None] * rates)
-            self.local[g] += 4 * own[..., None, None] * (rates[:, None] * rates)
+        for f, own in problem.own(self.weights):
+            rate = problem.rate(f)
+            self.u.of(self.slope, f.group).add_(2 * own[..., None] * rate)
+            self.local[f.group] += 4 * own[..., None, None] * (rate[:, None] * rate)
         self.inverse = {g: _inverted(a) for g, a in self.local.items()}
-        n = torch.stack([o.marginal(w, ()) for o, w in
-                         zip(problem.energies, self.weights, strict=True)], 1)  # fmt: skip
+        pairs = zip(problem.terms, self.weights, strict=True)
+        n = torch.stack([t.marginal(w, ()) for t, w in pairs], 1)
         curve = 4 * torch.einsum("rp,pg,ph->rgh", n, problem.totals, problem.totals)
         self.coarse = _inverted(curve)
 
@@ -289,18 +313,15 @@ class _Quadratic:
         out = self.u.zeros()
         for g, a in self.local.items():
             self.u.of(out, g).copy_((a @ self.u.of(v, g)[..., None])[..., 0])
-        for e, energy in enumerate(self.p.energies):
-            if len(energy.scaled) < 2:
-                continue
-            weights = self.weights[e]
-            for j in energy.scaled:
-                rates = self.p.exponents[e, j]
-                turned = weights[j] * (self.u.of(v, self.p._group(e, j)) @ rates)
-                for k in energy.scaled:
+        for term, weights in zip(self.p.terms, self.weights, strict=True):
+            for j, f in enumerate(term.factors if len(term.factors) > 1 else ()):
+                turned = list(weights)
+                turned[j] = weights[j] * (self.u.of(v, f.group) @ self.p.rate(f))
+                for k, other in enumerate(term.factors):
                     if k != j:
-                        part = energy.marginal({**weights, j: turned}, places(energy.piece, k))
-                        view = self.u.of(out, self.p._group(e, k))
-                        view.add_(4 * part[..., None] * self.p.exponents[e, k])
+                        part = term.marginal(turned, other.places)
+                        view = self.u.of(out, other.group)
+                        view.add_(4 * part[..., None] * self.p.rate(other))
         return out
 
     def eased(self, r: Tensor) -> Tensor:

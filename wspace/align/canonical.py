@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wspace.action import KINDS, State, Transform, act
-from wspace.align.balance import balance as balance
+from wspace.align.balance import balance
 from wspace.align.laying import Course, by_unit
 from wspace.align.parity import signs
 from wspace.align.pieces import pieces

@@ -118,5 +118,3 @@ class Course:
 def odd(piece: Piece, k: int, gauges: frozenset[int]) -> tuple[int, ...]:
     """Gauges among some that flip the sign of what lies in a slot."""
     return tuple(sorted(i for i, e in piece.slots[k].exponents if e % 2 and i in gauges))
-
-

@@ -147,9 +147,7 @@ class Ranks:
 
     # --------------------------------------------------------------------- keys
 
-    def _sums(
-        self, piece: Piece, k: int, salt: int | None, *, by_place: bool = False
-    ) -> Tensor:
+    def _sums(self, piece: Piece, k: int, salt: int | None, *, by_place: bool = False) -> Tensor:
         """Exact sums over a piece for every unit of a slot, ``(rows, *over, size)``.
 
         Args:
