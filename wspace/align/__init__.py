@@ -6,6 +6,9 @@ from wspace.align.barrier import Barrier as Barrier
 from wspace.align.barrier import LossPath as LossPath
 from wspace.align.barrier import barrier as barrier
 from wspace.align.barrier import loss_path as loss_path
+from wspace.align.canonical import balance as balance
+from wspace.align.canonical import canonical as canonical
+from wspace.align.canonical import canonicalize as canonicalize
 from wspace.align.dimension import FunctionalDimension as FunctionalDimension
 from wspace.align.dimension import dimension_bound as dimension_bound
 from wspace.align.dimension import functional_dimension as functional_dimension
