@@ -102,7 +102,7 @@ def test_commands_of_all_pages_exist(capsys: pytest.CaptureFixture[str]) -> None
         lines = [line for match in BLOCK.finditer(text) for line in match[2].splitlines()]
         lines += re.findall(r"`([^`\n]+)`", text)
         for name in (match[1] for line in lines if (match := re.match(r"wspace ([a-z]+)", line))):
-            assert f"    {name} " in shown, f"{page.name}: wspace {name}"
+            assert re.search(rf"^    {name}\b", shown, re.MULTILINE), f"{page.name}: wspace {name}"
 
 
 def test_output_shown_in_the_readme_is_true(capsys: pytest.CaptureFixture[str]) -> None:
