@@ -120,7 +120,7 @@ def merged(
     elif method.name == "task":
         out = xs[-1].clone()
         for w, x in zip(weights, xs[:-1], strict=True):
-            out = out + (method.scale * w) * (x - xs[-1])
+            out.add_(x - xs[-1], alpha=method.scale * w)
     else:
         out = xs[-1] + method.scale * _elected(xs, method, batch)
     return _finished(out, first)
@@ -190,7 +190,7 @@ def _average(xs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     out = xs[heaviest].clone()
     for i, (w, x) in enumerate(zip(weights, xs, strict=True)):
         if w and i != heaviest:
-            out = out + w * (x - xs[heaviest])
+            out.add_(x - xs[heaviest], alpha=w)
     return out
 
 
