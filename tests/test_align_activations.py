@@ -85,6 +85,21 @@ def test_what_was_permuted_is_found(name: str, generator: torch.Generator) -> No
     assert len(dead) <= 0.35 * len(space.groups)
 
 
+@pytest.mark.parametrize("name", ["encoder_pre_norm", "attention_gqa", "moe_dense", "grouped_se"])
+def test_heads_are_found_by_what_they_hold(name: str, generator: torch.Generator) -> None:
+    """Without a result of their own: groups on which others depend, by the values of these."""
+    space, module, state, batches = case(name, generator)
+    inner = [g.name for g in space.groups.values() if g.over]
+    outer = {o for g in inner for o in space.groups[g].over} - {*inner}
+    assert inner
+    t = wspace.sample(space, generator=generator)
+    matching = found(space, module, state, wspace.act(t, state, space), batches, groups=inner)
+    assert not outer & {*matching.scores}
+    for group in {*inner, *outer} & {*matching.permutations}:
+        assert torch.equal(matching.permutations[group], wspace.inverse(t).permutations[group])
+    assert outer <= {*matching.permutations}
+
+
 @pytest.mark.parametrize(
     "name", ["mlp_layernorm_tanh", "siren", "attention_gqa", "swiglu", "resnet18"]
 )
