@@ -2,11 +2,11 @@
 
 from wspace.align.activations import ActivationMatching as ActivationMatching
 from wspace.align.activations import match_activations as match_activations
+from wspace.align.balance import balance as balance
 from wspace.align.barrier import Barrier as Barrier
 from wspace.align.barrier import LossPath as LossPath
 from wspace.align.barrier import barrier as barrier
 from wspace.align.barrier import loss_path as loss_path
-from wspace.align.canonical import balance as balance
 from wspace.align.canonical import canonical as canonical
 from wspace.align.canonical import canonicalize as canonicalize
 from wspace.align.dimension import FunctionalDimension as FunctionalDimension

@@ -223,7 +223,7 @@ class _Problem:
             for f in term.factors
         }
         self.totals = torch.stack([self._total(term) for term in terms])
-        self.pull = self._counterweights()
+        self.pull, self.alive = self._counterweights()
 
     def _total(self, term: _Term) -> Tensor:
         """Exponents of factors common to all units of each gauge."""
@@ -251,14 +251,19 @@ class _Problem:
             for f in term.factors:
                 yield f, term.marginal(held, f.places)
 
-    def _counterweights(self) -> Tensor:
-        """1 for a unit whose weights only grow with its factor, −1 if they only shrink, else 0."""
+    def _counterweights(self) -> tuple[Tensor, Tensor]:
+        """1 for a unit whose weights only grow with its factor, −1 if they only shrink, else 0.
+
+        Returns:
+            Those numbers, and whether a unit has any weights.
+        """
         up, down = self.u.zeros(), self.u.zeros()
         for f, own in self.own(self.weights(self.u.zeros())):
             for side, sign in ((up, 1), (down, -1)):
                 acts = sign * self.rate(f) > 0
                 self.u.of(side, f.group).add_((own > 0)[..., None] & acts)
-        return ((up > 0) & (down == 0)).double() - ((down > 0) & (up == 0)).double()
+        pull = ((up > 0) & (down == 0)).double() - ((down > 0) & (up == 0)).double()
+        return pull, (up > 0) | (down > 0)
 
     def value(self, x: Tensor) -> Tensor:
         """The total square less the counterweights, ``(rows,)``."""
@@ -284,7 +289,7 @@ class _Problem:
                 step = torch.where(worse[:, None], step / 2, step)
                 value = self.value(x + step)
             x, best = x + step, torch.minimum(value, best)
-        return x
+        return x * self.alive
 
 
 class _Quadratic:
@@ -353,7 +358,8 @@ class _Quadratic:
 
 
 def _inverted(a: Tensor) -> Tensor:
-    """Inverses of positive semidefinite matrices ``(..., n, n)``; near 0 where they are near 0."""
+    """Inverses of positive semidefinite matrices ``(..., n, n)``; 0 for a matrix of zeros."""
     size = a.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    eye = torch.eye(a.shape[-1], dtype=a.dtype)
-    return torch.linalg.inv(a / size.clamp(min=1e-300) + 1e-10 * eye) / size.clamp(min=1e-300)
+    unit = torch.where(size > 0, size, 1.0)
+    ridge = 1e-10 * torch.eye(a.shape[-1], dtype=a.dtype)
+    return torch.linalg.inv(a / unit + ridge) / unit * (size > 0)

@@ -10,6 +10,8 @@ What is fixed at a unit is a linear space of combinations of gauges (one BatchNo
 flipped by the convolution before it and by the one behind it), kept in echelon form.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,12 @@ def signs(course: Course) -> dict[int, Tensor]:
     return _Signs(course).solve()
 
 
+def _rank(pair: tuple[Piece, list[int]]) -> tuple[int, int]:
+    """Entries with one sign first, and of these shifts before matrices."""
+    piece, slots = pair
+    return len(slots), prod(piece.sizes)
+
+
 class _Signs:
     def __init__(self, course: Course) -> None:
         self.course = course
@@ -103,7 +111,7 @@ class _Signs:
             own = tuple(i for i in gauges if course.space.gauges[i].group == name)
             self.parities[name] = Parity(own, course.units(name))
         found = [(p, self._flipped(p)) for p in pieces(course.space, buffers=True)]
-        self.pieces = sorted(((p, ks) for p, ks in found if ks), key=lambda pair: len(pair[1]))
+        self.pieces = sorted(((p, ks) for p, ks in found if ks), key=_rank)
 
     def _flipped(self, piece: Piece) -> list[int]:
         """The slots in which signs show; a group may show in several."""
