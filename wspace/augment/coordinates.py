@@ -6,8 +6,9 @@ every matrix that the input is multiplied with and the vector added there, the n
 it; a network that reads its input in any other way is refused. Whether labels survive is for the
 user to say: a digit that is mirrored is another one.
 
-DWSNets' rotations, zooms and shifts (Navon et al. 2023, arXiv 2301.12780, appendix), for any number
-of coordinates and any network that reads them so.
+The rotations, zooms and shifts of Shamsian et al. (2024), "Improved Generalization of Weight Space
+Networks via Augmentations" (arXiv 2402.04081), for any number of coordinates and any network that
+reads them so.
 """
 
 from abc import abstractmethod
