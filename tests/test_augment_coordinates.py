@@ -176,6 +176,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
         lambda m, x: (y := x.view(-1, 2), x.mul_(2), chain(m, y))[2],
         "an operator that writes to it",
     ),
+    "at two places of a matrix": (
+        lambda m, x: m.c(torch.cat([m.a(x), x], -1)) + m.c(torch.cat([x, m.a(x)], -1)),
+        "products with c.weight in which the same entries read something else",
+    ),
     "two ways": (lambda m, x: chain(m, x) + m.e(m.c(torch.cat([m.a(x), x * x], -1))), "cat, after"),
     "matrix used twice": (
         lambda m, x: m.b(m.a(m.a(x)[:, :2])), "addmm, which also reads a.weight"),
@@ -230,6 +234,18 @@ def test_shifts_need_a_bias(name: str) -> None:
         match = "no change of weights maps input 0"
     for change in (Translate(), Zoom(center=0.5)):
         with pytest.raises(SpaceMismatch, match=match):
+            change(graph, torch.Generator())
+
+
+def test_a_matrix_of_two_inputs_is_refused() -> None:
+    class Pair(Field):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)) - torch.tanh(self.a(y)))
+
+    x = torch.randn(4, 2, dtype=torch.float64)
+    graph = graph_of(Pair(chain).double(), x, x.flip(0))
+    for change in (Rotate(), Rotate(input=1)):
+        with pytest.raises(SpaceMismatch, match="products with a.weight in which the same entries"):
             change(graph, torch.Generator())
 
 

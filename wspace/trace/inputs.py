@@ -82,6 +82,7 @@ class _Walk:
         self.uses = Counter(id(v) for call in program.calls for v in call.ins)
         self.others: list[dict[str, None]] = [{} for _ in program.inputs]
         self.reads: dict[Read, dict[str, None]] = {}
+        self.layouts: dict[str, list[set[Read]]] = {}
         self.bare: set[Read] = set()
         self.biases: dict[str, list[set[Read]]] = {}
         self.elsewhere: dict[str, dict[str, None]] = {}
@@ -173,6 +174,7 @@ class _Walk:
         name, turned = known
         dim = 1 - turned if call.name == "linear" else turned
         found = {(k, name, dim, start) for k, start in parts}
+        self.layouts.setdefault(name, []).append(found)
         for read in found:
             self.reads.setdefault(read, {})
         if not isinstance(added, Value):
@@ -218,6 +220,10 @@ class _Walk:
                 continue
             for op in self.elsewhere.get(matrix, {}):
                 others[f"{op}, which also reads {matrix}"] = None
+            if any(found != self.layouts[matrix][0] for found in self.layouts[matrix]):
+                others[f"products with {matrix} in which the same entries read something else"] = (
+                    None
+                )
             proper = read not in self.bare and all(self._proper(b) for b in names)
             readings.append(Reading(matrix, dim, start, tuple(names) if proper else ()))
         shape = self.program.inputs[number].shape
