@@ -45,7 +45,7 @@ class Ascent:
         self.gain = torch.zeros(rows, dtype=torch.float64, device=device)
         self.kept: dict[tuple[object, ...], dict[tuple[Key, torch.dtype], Tensor]] = {}
         self.moves = Moves(symmetry.over, symmetry.phases)
-        for g in symmetry.permuted:
+        for g in (g for g in symmetry.sizes if g in symmetry.permuted):  # in a fixed order
             shape = self.shape(g)
             self.moves.permutations[g] = torch.arange(shape[-1], device=device).expand(shape)
         for i, g in symmetry.gauges.items():

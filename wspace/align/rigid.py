@@ -1,6 +1,7 @@
 """Groups moved as they are, with all that depends on them: those that occur twice, and signs."""
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from wspace.align.assign import Ask
 from wspace.align.blocks import Block
-from wspace.align.quadratic import quadratic
+from wspace.align.quadratic import EVERY, quadratic
 
 if TYPE_CHECKING:
     from wspace.align.ascent import Ascent
@@ -25,7 +26,7 @@ def rearranged(of: "Ascent", g: str, here: Blocks) -> Ask:
         return none
     before = of.total(here)
     if any(_crossed(block, g) for block in here):
-        by = yield _slopes(of, g, here)
+        by = _tried(of, g, here) if n <= EVERY else (yield _slopes(of, g, here))
     else:
         linear = torch.zeros(rows, n, n, dtype=torch.float64, device=of.device)
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -38,12 +39,36 @@ def rearranged(of: "Ascent", g: str, here: Blocks) -> Ask:
         by, gain = yield from quadratic(linear, pairs)
         still = torch.arange(n, device=of.device)
         by = torch.where((gain > of.contexts(g, of.least(here)))[:, None], by, still)
-    before_it = of.moves.copy()
-    of.moves.ride(g, by.reshape(of.shape(g)), of.symmetry.dependants[g], of.symmetry.gauges)
-    gain = of.total(here) - before
+    kept = of.moves.copy()
+    gain = _ridden(of, g, by, here) - before
     good = gain > of.least(here)
-    of.moves.put_where(~good, before_it)
+    of.moves.put_where(~good, kept)
     return torch.where(good, gain, 0.0)
+
+
+def _ridden(of: "Ascent", g: str, by: Tensor, here: Blocks) -> Tensor:
+    """Inner product of blocks once a group is rearranged, ``(rows,)``."""
+    of.moves.ride(g, by.reshape(of.shape(g)), of.symmetry.dependants[g], of.symmetry.gauges)
+    return of.total(here)
+
+
+def _tried(of: "Ascent", g: str, here: Blocks) -> Tensor:
+    """The best of all permutations of few units, in one context after another."""
+    n, contexts = of.symmetry.sizes[g], of.of_contexts(g)
+    best = of.total(here)
+    chosen = torch.arange(n, device=of.device).repeat(of.rows, contexts, 1)
+    start = of.moves
+    for c in range(contexts):
+        for p in permutations(range(n)):
+            trial = chosen.clone()
+            trial[:, c] = torch.tensor(p, device=of.device)
+            of.moves = start.copy()
+            value = _ridden(of, g, trial, here)
+            better = value > best + of.least(here)
+            best = torch.where(better, value, best)
+            chosen = torch.where(better[:, None, None], trial, chosen)
+    of.moves = start
+    return chosen
 
 
 def _slopes(of: "Ascent", g: str, here: Blocks) -> Tensor:
