@@ -44,6 +44,7 @@ class Moments:
             centred: Take the means out.
             within: Also the co-moments of each model with itself.
         """
+        self._noise = 64 * max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
         x, y = x.double(), y.double()
         self.count, self.centred, self.within = len(x), centred, within
         self._means = {"a": x.sum(0) / max(len(x), 1), "b": y.sum(0) / max(len(x), 1)}
@@ -90,7 +91,10 @@ class Moments:
 
     def _scale(self, which: str) -> Tensor:
         spread = self._tables[which * 2].diagonal() if self.within else self._tables[which]
-        dead = spread <= 1e-24 * spread.max().clamp_min(1e-300)
+        rounding = (
+            self.count * (self._noise * self._means[which]) ** 2
+        )  # of a unit that stands still
+        dead = spread <= torch.maximum(rounding, 1e-24 * spread.max().clamp_min(1e-300))
         return torch.where(dead, 0.0, spread.clamp_min(1e-300).rsqrt())
 
 
