@@ -20,8 +20,8 @@ from wspace.testing import TOLERANCE, assert_close
 QUICK = set(
     """
     mlp linear siren mlp_residual autoencoder_tied maxout highway lstm rnn_tanh moe_top2
-    moe_dispatch mlp_batchnorm vgg resnet18 densenet group_norm depth_multiplier fno encoder_pre_norm
-    attention_gqa language_model_tied gpt2 llama
+    mlp_batchnorm moe_dispatch vgg resnet18 densenet group_norm depth_multiplier fno
+    encoder_pre_norm attention_gqa language_model_tied gpt2 llama
     """.split()
 )
 KINDS = [("permutation",), ("permutation", "sign", "phase")]

@@ -59,7 +59,7 @@ class Assigner:
                     costs[i] = next(asks[i]) if answer is None else asks[i].send(answer)
                 except StopIteration as stop:
                     results[i] = stop.value
-            answers = dict(zip(costs, self.solve([*costs.values()]), strict=True))
+            answers = dict(zip(costs, self.solve([*costs.values()]), strict=True)) if costs else {}
         return results
 
     def solve(self, costs: Sequence[Tensor]) -> list[Tensor]:
