@@ -4,6 +4,7 @@ Trace a module once, learn which of its units may be permuted, rescaled or sign-
 changing its function, and run every weight-space method on that one description.
 """
 
+from wspace import align as align
 from wspace import augment as augment
 from wspace import errors as errors
 from wspace import nn as nn
