@@ -346,6 +346,9 @@ def test_probes_begin_with_given_inputs(
     wspace.save_checkpoint({"x": inputs}, path)
     with pytest.raises(WSpaceError, match="no such tensor"):
         build_metanet(name, given, zoo)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)probe_inputs.*inputs\.safetensors"):
+        build_metanet(name, given, zoo)
 
 
 def test_a_checkpoint_does_not_read_the_probes_file(zoos: dict[str, Path], tmp_path: Path) -> None:
@@ -363,6 +366,32 @@ def test_a_checkpoint_does_not_read_the_probes_file(zoos: dict[str, Path], tmp_p
     more = Classification("ProbeOnly", SMALL["ProbeOnly"], pretrained=last)
     trainer(1, tmp_path / "b").fit(more, datamodule=ZooDataModule(zoos["one"]))
     assert more.started is not None
+
+
+def test_a_resumption_reads_no_first_values(zoos: dict[str, Path], tmp_path: Path) -> None:
+    """The checkpoint holds what `probe_inputs` and `pretrained` gave; the files may be gone."""
+    zoo = wspace.zoo.open(zoos["one"])
+    example = zoo.architectures[0].example(torch.Generator().manual_seed(0))[0]
+    inputs, last = tmp_path / "inputs.safetensors", tmp_path / "a" / "last.safetensors"
+    wspace.save_checkpoint({"inputs": torch.randn(4, *example.shape[1:])}, inputs)
+    options = {**SMALL["ProbeOnly"], "probe_inputs": str(inputs)}
+    data = ZooDataModule(zoos["one"])
+    first = Classification("ProbeOnly", options)
+    trainer(1, tmp_path / "a", callbacks=[checkpoints(tmp_path / "a")]).fit(first, datamodule=data)
+    made = Classification("ProbeOnly", options, pretrained=last)
+    run = trainer(1, tmp_path / "b", callbacks=[checkpoints(tmp_path / "b")])
+    run.fit(made, datamodule=data)
+    inputs.unlink()
+    last.unlink()
+    again = Classification("ProbeOnly", options, pretrained=last)
+    path = str(tmp_path / "b" / "last.safetensors")
+    trainer(1, tmp_path / "c").validate(again, datamodule=data, ckpt_path=path, verbose=False)
+    assert equal(again, made)
+    again = Classification("ProbeOnly", options, pretrained=last)
+    again.resumes = True
+    run = trainer(2, tmp_path / "d")
+    run.fit(again, datamodule=data, ckpt_path=path)
+    assert run.current_epoch == 2 and again.options == options and again.started is None
 
 
 def test_wrong_metanets(zoos: dict[str, Path]) -> None:
@@ -875,7 +904,7 @@ def test_pretrained_that_does_not_fit(zoos: dict[str, Path], contrastive: Path) 
     with pytest.raises(WSpaceError, match="the metanet is a module"):
         Classification(own, pretrained="x.safetensors")
     missing = Classification("StatNN", pretrained="nowhere.safetensors")
-    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors is no trained metanet"):
+    with pytest.raises(CheckpointError, match=r"pretrained: there is no file nowhere\.safetensors"):
         started(missing, zoos["one"])
 
 

@@ -109,6 +109,27 @@ def test_saved_configuration_is_one(
     ]
 
 
+def test_a_resumption_does_not_begin_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `pretrained` gave is in the checkpoint; the file may be gone."""
+    first = tmp_path / "first.safetensors"
+    first.write_bytes(last(folder).read_bytes())
+    options = [*config(folder, "two", "Prediction"), "--model.pretrained", str(first)]
+    options += ["--trainer.default_root_dir", str(tmp_path)]
+    assert main(["fit", *options, "--trainer.max_epochs", "1"]) == 0
+    assert "pretrained: " in capsys.readouterr().out
+    first.unlink()
+    path = tmp_path / "Prediction" / "version_0" / "checkpoints" / "last.safetensors"
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", str(path)]
+    assert main(["fit", *options, *more]) == 0
+    said = capsys.readouterr().out
+    assert "epoch 1" in said and "pretrained" not in said
+    assert main(["fit", *options]) == 2
+    assert "pretrained: there is no file" in capsys.readouterr().err
+    assert not (tmp_path / "Prediction" / "version_2").exists()  # it did not begin
+
+
 def test_pretrained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*config(folder, "two", "Prediction"), "--model.pretrained", str(last(folder))]
     assert main(["fit", *options, "--trainer.max_epochs", "1"]) == 0

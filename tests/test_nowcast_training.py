@@ -1,6 +1,8 @@
 """Trajectories of several tasks, windows of them, and training predictors on those."""
 
 import csv
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +19,9 @@ from wspace.cli import main
 from wspace.errors import WSpaceError, ZooError
 from wspace.graph import encode
 from wspace.lit import Nowcasting, Optimization, Windows, ZooDataModule
+from wspace.lit.cli import _remove_unbegun
 from wspace.lit.nowcasting import FILE, _sums
-from wspace.lit.windows import Cut, Scaled, cut, deviation, line, scaled, trained_names
+from wspace.lit.windows import Cut, Scaled, cut, deviation, line, reach, scaled, trained_names
 from wspace.nowcast import SHIPPED, LinearFit, NiNoGraph, NiNoMLP, card_of, load
 from wspace.nowcast.predictor import Predictor
 from wspace.zoo import Architecture, Cohort, InputSpec, build
@@ -38,10 +41,12 @@ class Straight:
     Attributes:
         seed: Decides everything that is drawn.
         count: Number of cohorts.
+        speed: Factor of the slopes.
     """
 
     seed: int = 0
     count: int = 8
+    speed: float = 1.0
 
     grows: ClassVar[tuple[str, ...]] = ("count",)
 
@@ -69,7 +74,7 @@ class Straight:
         state: dict[str, Tensor] = {}
         for name, p in architecture.module().named_parameters():
             start, slope = torch.randn(2, 4, 1, *p.shape, generator=generator)
-            state[name] = start + slope * time.view(1, -1, *[1] * p.dim())
+            state[name] = start + self.speed * slope * time.view(1, -1, *[1] * p.dim())
         return Cohort(architecture, state, {"number": [index] * 4}, torch.arange(STATES) * 10)
 
 
@@ -363,6 +368,44 @@ def test_same_seed_same_predictor(zoo: Path, tmp_path: Path) -> None:
     assert same == [True, False]
 
 
+def test_horizons_beyond_the_trajectories_are_left_out(
+    zoo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than a share of nothing, which is no number."""
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    made = task("NiNoMLP", windows=Windows((3, 6), each=4, entries=8))
+    run = trainer(tmp_path)
+    with caplog.at_level(logging.INFO):
+        run.validate(made, data(zoo), verbose=False)
+    found = {k: float(v) for k, v in run.callback_metrics.items()}
+    assert "val/relative_1" in found and all(math.isfinite(x) for x in found.values())
+    assert "val/relative_5" in found and "val/relative_10" not in found
+    assert "of horizons 6 to 8" in caplog.text and "left out" not in caplog.text
+    caplog.clear()
+    made = Nowcasting("NiNoMLP", {"channels": 8, "longest": 20}, windows=Windows((2, 2)))
+    with caplog.at_level(logging.INFO):
+        run.validate(made, data(zoo), verbose=False)
+    assert (
+        "30 states reach 10 spacings" in caplog.text and "relative_20 are left out" in caplog.text
+    )
+    found = {k: float(v) for k, v in run.callback_metrics.items()}
+    assert "val/relative_20" not in found and all(math.isfinite(x) for x in found.values())
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3), (4, 9)])
+def test_reach_is_the_longest_known_horizon(strides: tuple[int, int]) -> None:
+    how = Windows(strides, each=400)
+    for states in (21, 22, 23, 24):
+        where = cut(4, states, how, (5, 40), torch.Generator().manual_seed(0))
+        assert reach(states, how, 5) == int(where.known.sum(1).max())
+
+
+def test_networks_that_stand_still(tmp_path: Path) -> None:
+    build(Straight(speed=0.0, count=4), tmp_path / "still")
+    with pytest.raises(ZooError, match="no network for val moves"):
+        trainer(tmp_path).validate(task("NiNoMLP"), data(tmp_path / "still"), verbose=False)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -384,23 +427,66 @@ def test_what_nowcasting_refuses(zoo: Path, tmp_path: Path) -> None:
 # --- command line ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_fit_leaves_a_predictor(name: str, zoo: Path, tmp_path: Path) -> None:
+def config(
+    name: str, zoo: Path, folder: Path, *, windows: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Options of a run whose folder is ``folder / "nowcast" / "version_0"``."""
+    options = {"metanet": name, "options": OPTIONS[name], "windows": {"strides": [1, 2]}}
     content = {
         "model": {
             "class_path": "Nowcasting",
-            "init_args": {
-                "metanet": name,
-                "options": OPTIONS[name],
-                "windows": {"strides": [1, 2]},
-            },
+            "init_args": {**options, **({} if windows is None else {"windows": dict(windows)})},
         },
-        "data": {"path": str(zoo), "time": None, "batch_size": 4, "fractions": [0.7, 0.3, 0.0]},
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "default_root_dir": str(tmp_path)},
+        "data": {
+            "path": str(zoo),
+            "time": None,
+            "batch_size": 4,
+            "fractions": [0.6, 0.2, 0.2],
+            "split_name": "three",
+        },
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "default_root_dir": str(folder)},
     }
-    file = tmp_path / "nowcast.yaml"
+    file = folder / "nowcast.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    assert main(["fit", "--config", str(file)]) == 0
+    return ["--config", str(file)]
+
+
+def test_a_fit_that_fails_leaves_no_folder(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor takes it one with it that was there, or in which something was learned."""
+    words = config("NiNoMLP", zoo, tmp_path, windows={"strides": [9, 9]})
+    assert main(["fit", *words]) == 2 and "too short" in capsys.readouterr().err
+    assert [item.name for item in tmp_path.iterdir()] == ["nowcast.yaml"]
+    mine = tmp_path / "nowcast" / "version_7"
+    mine.mkdir(parents=True)
+    assert main(["fit", *words]) == 2 and [*mine.parent.iterdir()] == [mine]
+    (mine / "config.yaml").touch()
+    (mine / "metrics.csv").touch()
+    _remove_unbegun(mine)
+    assert mine.exists()  # it shows how a training went
+
+
+def test_a_run_can_be_tested(zoo: Path, tmp_path: Path) -> None:
+    words = config("NiNoMLP", zoo, tmp_path)
+    assert main(["fit", *words]) == 0
+    last = tmp_path / "nowcast" / "version_0" / "checkpoints" / "last.safetensors"
+    assert main(["test", *words, "--ckpt_path", str(last)]) == 0
+    file = tmp_path / "nowcast" / "version_1" / "metrics.csv"
+    (row,) = csv.DictReader(file.read_text("utf-8").splitlines())
+    assert 0 < float(row["test/relative"]) < 2
+
+
+@pytest.mark.parametrize("name", ["nowcast_mlp", "nowcast_graph"])
+def test_shipped_configurations_leave_networks_to_test(name: str) -> None:
+    file = Path(__file__).parent.parent / "configs" / f"{name}.yaml"
+    shares = yaml.safe_load(file.read_text("utf-8"))["data"]["fractions"]
+    assert sum(shares) == pytest.approx(1) and min(shares) > 0
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_fit_leaves_a_predictor(name: str, zoo: Path, tmp_path: Path) -> None:
+    assert main(["fit", *config(name, zoo, tmp_path)]) == 0
     run = tmp_path / "nowcast" / "version_0"
     rows = list(csv.DictReader((run / "metrics.csv").read_text("utf-8").splitlines()))
     assert any(r["val/relative"] for r in rows)

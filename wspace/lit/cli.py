@@ -8,9 +8,11 @@ an earlier run, that run's.
 
 import csv
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from inspect import signature
@@ -39,6 +41,9 @@ DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 """What differs from Lightning's own defaults."""
+
+BEGUN = {"config.yaml", "hparams.yaml"}
+"""Files that a run writes before its first step."""
 
 
 class Parser(LightningArgumentParser):
@@ -72,6 +77,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = list(words)
+        self._folder: Path | None = None  # of this run, if it has one of its own
         super().__init__(
             Task,
             ZooDataModule,
@@ -133,6 +139,16 @@ class TrainingCLI(LightningCLI):
         except ValueError as error:
             raise WSpaceError(message("fit: Lightning cannot run this", got=str(error))) from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs a command; of one that fails before anything was learned, no folder remains."""
+        self.model.resumes = self._get(self.config, "ckpt_path") is not None
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self._folder is not None and self.trainer.is_global_zero:
+                _remove_unbegun(self._folder)
+            raise
+
     def _loggers(self, root: Path) -> list[Logger]:
         files = [w for flag, w in zip(self.words, self.words[1:], strict=False)
                  if flag in {"-c", "--config"}]  # fmt: skip
@@ -142,6 +158,7 @@ class TrainingCLI(LightningCLI):
         stem = file.parent.parent.name if earlier and file.stem == "config" else file.stem
         name = type(self.model).__name__.lower() if stem == "config" else stem
         loggers: list[Logger] = [CSVLogger(root, name)]
+        self._folder = Path(loggers[0].log_dir or root / name)
         if find_spec("tensorboard") or find_spec("tensorboardX"):
             version = getattr(loggers[0], "version", None)
             loggers.append(TensorBoardLogger(root, name, version))
@@ -168,6 +185,17 @@ class TrainingCLI(LightningCLI):
             rows = torch.cat([o["index"] for o in outputs]).sort().values
             write_csv(folder / "predictions.csv", in_order(outputs), rows)
             sys.stdout.write(f"wrote {folder / 'predictions.csv'}\n")
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """Removes the folder of a run that holds its configuration and nothing else."""
+    if not folder.is_dir():
+        return
+    files = [item for item in folder.rglob("*") if not item.is_dir()]
+    if all(item.name in BEGUN or "tfevents" in item.name for item in files):
+        shutil.rmtree(folder)
+        with suppress(OSError):  # others are there
+            folder.parent.rmdir()
 
 
 class Lines(Callback):

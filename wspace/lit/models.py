@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from wspace.errors import SpaceMismatch, WSpaceError, message
+from wspace.errors import CheckpointError, SpaceMismatch, WSpaceError, message
 from wspace.graph import ParameterGraph, decode
 from wspace.io import load_checkpoint
 from wspace.nn import (
@@ -403,7 +403,11 @@ def without_files(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _probe_inputs(path: str | Path, count: int) -> Tensor:
     """The first `count` inputs in a file."""
-    found = load_checkpoint(path).get("inputs")
+    try:
+        found = load_checkpoint(path).get("inputs")
+    except CheckpointError as error:
+        text = f"metanet: {PROBES} cannot be read"
+        raise CheckpointError(message(text, got=str(error))) from error
     if found is None or not found.dim() or len(found) < count:
         raise WSpaceError(
             message(

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from wspace.errors import WSpaceError, ZooError, message
 from wspace.graph import ParameterGraph, encode
 from wspace.lit.data import stream
 from wspace.lit.task import Optimization, Task
-from wspace.lit.windows import Cut, Scaled, Windows, cut, line, scaled, trained_names
+from wspace.lit.windows import Cut, Scaled, Windows, cut, line, reach, scaled, trained_names
 from wspace.nowcast.graph import NiNoGraph
 from wspace.nowcast.mlp import NiNoMLP, kinds_of
 from wspace.nowcast.predictor import Past
@@ -46,8 +47,9 @@ class Nowcasting(Task):
     """A predictor of future states, on trajectories; ``wspace zoo build mixed_trajectories``.
 
     Logs the error relative to that of no change (``relative``, at single horizons
-    ``relative_10``, of every architecture ``relative_of_0`` …) and to that of the least-squares
-    line (``relative_to_line``). Needs ``data.time: null``. The run's folder gets
+    ``relative_10``, as far as trajectories go, of every architecture ``relative_of_0`` …) and to
+    that of the least-squares line (``relative_to_line``). Needs ``data.time: null``. The run's
+    folder gets
     ``predictor.safetensors``, which `wspace.nowcast.load` reads.
 
     Args:
@@ -105,9 +107,18 @@ class Nowcasting(Task):
             )
         lengths = (self.predictor.context, self.predictor.longest)
         cut(1, len(zoo.steps), self.windows, lengths, torch.Generator())
+        most = reach(len(zoo.steps), self.windows, self.predictor.context)
+        if most < self.predictor.longest:
+            lost = [f"relative_{k}" for k in SHOWN if most < k <= self.predictor.longest]
+            rank_zero_info(
+                f"Nowcasting: trajectories of {len(zoo.steps)} states reach {most} spacings ahead; "
+                f"the predictor learns nothing of horizons {most + 1} to {self.predictor.longest}"
+                + (f", and {', '.join(lost)} are left out" if lost else "")
+            )
 
-    def build(self) -> None:
+    def build(self, *, fresh: bool = True) -> None:
         """Nothing: the predictor is there."""
+        del fresh
 
     def fit_statistics(self, graphs: Sequence[ParameterGraph]) -> None:
         """Nothing: predictors scale every window by itself."""
@@ -226,10 +237,21 @@ class Nowcasting(Task):
         self.sums = {}
         summed = cast(Tensor, self.trainer.strategy.reduce(torch.stack(every), reduce_op="sum"))
         model, still, straight, _ = summed.sum(0).unbind()
+        if not bool(still.any()):
+            if self.trainer.sanity_checking:
+                return  # of a few networks only
+            raise ZooError(
+                message(
+                    f"Nowcasting: no network for {stage} moves",
+                    expected="states that differ, for errors relative to that of no change",
+                    help="choose other `fractions`, or a zoo of networks that were trained",
+                )
+            )
         found = {"relative": model.sum() / still.sum()}
-        found["relative_to_line"] = model.sum() / straight.sum()
+        if bool(straight.any()):
+            found["relative_to_line"] = model.sum() / straight.sum()
         for k in SHOWN:
-            if k <= longest:
+            if k <= longest and float(still[k - 1]):  # else no trajectory goes so far
                 found[f"relative_{k}"] = model[k - 1] / still[k - 1]
         for kind, (one, other, *_) in enumerate(summed.sum(2)):
             if other > 0:

@@ -72,6 +72,9 @@ def start_from(
         WSpaceError: If the checkpoint's metanet cannot be made.
     """
     path = Path(path)
+    if not path.is_file():
+        help = "the checkpoint of a run, such as runs/NAME/version_0/checkpoints/last.safetensors"
+        raise CheckpointError(message(f"pretrained: there is no file {path}", help=help))
     header, tensors = read(path)
     found: Any = header.get("wspace")
     weights = {k.removeprefix(PREFIX): x for k, x in tensors.items() if k.startswith(PREFIX)}

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from wspace.errors import WSpaceError, ZooError, message
 from wspace.graph import ParameterGraph
 from wspace.lit.data import ZooDataModule
-from wspace.lit.models import Seen, build_metanet, check_metanet, fit_statistics
+from wspace.lit.models import (
+    Seen,
+    build_metanet,
+    check_metanet,
+    fit_statistics,
+    without_files,
+)
 from wspace.lit.pretrained import Start, start_from
 from wspace.nn import Probes
 from wspace.zoo import Zoo, ZooBatch
@@ -95,6 +101,8 @@ class Task(LightningModule):
         seen: Architectures that it was trained on, once known.
         others: Those that the zoo has beside them: held out, or in no training part.
         started: What was taken from `pretrained`, once it was.
+        resumes: Set it before ``trainer.fit(…, ckpt_path=…)``, as `wspace fit` does: first values
+            and statistics are those of the checkpoint, and files that options name are not read.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
@@ -128,7 +136,7 @@ class Task(LightningModule):
         self.out: int | None = None
         self.seen: Seen | None = None
         self.others = Seen()
-        self.fitted = False
+        self.fitted = self.resumes = False
         self.config: dict[str, Any] = {
             "metanet": self.name,
             "options": self.options,
@@ -204,7 +212,7 @@ class Task(LightningModule):
         if stage != "predict":
             out = self.prepare(data.zoo)
             self.out = out if self.metanet is None or self.given else self.out
-        if self.trainer.ckpt_path is not None:
+        if self.resumes or self.trainer.ckpt_path is not None:
             return  # the metanet is made as the checkpoint says, when that is read
         if self.seen is None:
             self.seen = Seen.of(data.parts["train"])
@@ -218,11 +226,17 @@ class Task(LightningModule):
                 else:
                     self._start(self.pretrained)
 
-    def build(self) -> None:
-        """Makes the metanet that is named, unless it is there."""
+    def build(self, *, fresh: bool = True) -> None:
+        """Makes the metanet that is named, unless it is there.
+
+        Args:
+            fresh: Whether first values are read from the files that options name; not if a
+                checkpoint has the weights.
+        """
         if self.metanet is None:
+            options = self.options if fresh else without_files(self.options)
             self.metanet = build_metanet(
-                self.name, self.options, self.known, out=self.out, trust=self.trust
+                self.name, options, self.known, out=self.out, trust=self.trust
             )
 
     @property
@@ -413,7 +427,7 @@ class Task(LightningModule):
             self.restore(found["learned"])
             self.seen = Seen.from_list(found["seen"])
             self.others = Seen.from_list(found.get("others", []))
-            self.build()
+            self.build(fresh=False)
         self.fitted = True
         self._random = checkpoint.get("random", {})
 

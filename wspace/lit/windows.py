@@ -121,6 +121,20 @@ def cut(
     return Cut(row, past, ahead, known, around)
 
 
+def reach(states: int, how: Windows, context: int) -> int:
+    """The longest horizon of which a trajectory knows the state, in spacings.
+
+    Args:
+        states: Length of the time axis; long enough for a window.
+        how: How windows are cut.
+        context: Number of past states.
+
+    Returns:
+        That of the narrowest window, at the beginning.
+    """
+    return (states - 1) // how.strides[0] - (context - 1)
+
+
 def later(x: Tensor, where: Cut) -> Tensor:
     """Targets: the states ahead, or means around them.
 
