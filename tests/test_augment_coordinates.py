@@ -26,6 +26,7 @@ class Field(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(d, 5, **options), nn.Linear(5, 3), nn.Linear(5 + d, 7)
         self.e, self.scale = nn.Linear(7, 3), nn.Parameter(torch.randn(d))
+        self.other, self.wide = nn.Parameter(torch.randn(5, d)), nn.Parameter(torch.randn(4, 5))
         self.run = forward
 
     def forward(self, x: Tensor) -> Any:
@@ -147,6 +148,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "squared": (lambda m, x: chain(m, x * x), "addmm, after other operators"),
     "mirrored": (lambda m, x: chain(m, x.flip(-1)), "addmm, after other operators"),
     "turned": (lambda m, x: chain(m, x.mT.contiguous().mT), "addmm, after other operators"),
+    "regrouped": (lambda m, x: m.b(x.reshape(2, 4) @ m.wide), "mm, after other operators"),
+    "scaled product": (
+        lambda m, x: m.b(torch.addmm(m.a.bias, x, m.a.weight.T, alpha=2)), "addmm"),
+    "scaled bias": (lambda m, x: m.b(torch.addmm(m.a.bias, x, m.a.weight.T, beta=2)), "addmm"),
     "rounded": (lambda m, x: chain(m, x.long().double()), "addmm, after other operators"),
     "part": (lambda m, x: x[:, :1] @ m.a.weight[:, :1].T + m.a.bias, "mm, after other operators"),
     "encoded": (
@@ -214,6 +219,13 @@ BARE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "scaled first": lambda m, x: m.b(torch.tanh(3 * (x @ m.a.weight.T) + m.a.bias)),
     "twice its size": lambda m, x: m.b(torch.add(x @ m.a.weight.T, m.a.bias, alpha=2)),
     "in one of two": lambda m, x: m.b(m.a(x) * (x @ m.a.weight.T)),
+    "of two matrices": lambda m, x: m.b(
+        torch.tanh(m.a(x)) * torch.nn.functional.linear(x, m.other, m.a.bias)
+    ),
+    "beside the sum": lambda m, x: m.b(torch.tanh((h := x @ m.a.weight.T) + m.a.bias) + h),
+    "beside a view": lambda m, x: m.b(
+        torch.tanh((h := x @ m.a.weight.T)[None].squeeze(0) + m.a.bias) + h
+    ),
     "shared": lambda m, x: m.b(torch.tanh(m.a(x)) + m.a.bias),
     "in two matrices": lambda m, x: m.b(
         torch.tanh(m.a(x)) * torch.nn.functional.linear(x, m.c.weight[:5, :2] * 0 + 1, m.a.bias)
