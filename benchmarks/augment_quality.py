@@ -32,6 +32,7 @@ from metanet_quality import FIXED, Best
 from wspace.augment import (
     AlignedMixUp,
     Augment,
+    Compose,
     Drop,
     MixUp,
     Noise,
@@ -68,10 +69,13 @@ AUGMENTATIONS: dict[str, Callable[[], list[Augment]]] = {
     "mixup, aligned, small shares": lambda: [AlignedMixUp(SMALL)],
     "input maps": lambda: [Rotate(15), Zoom(0.2), Translate(0.25)],
     "combined": lambda: [Translate(0.25), Noise(0.05), Symmetry(KEEP), AlignedMixUp()],
-    "input maps, then aligned": lambda: [
-        *(Rotate(15), Zoom(0.2), Translate(0.25)),
+    "translate, a little": lambda: [Translate(0.08)],
+    "input maps, small": lambda: [Rotate(8), Zoom(0.08), Translate(0.08)],
+    "small maps, then aligned, small shares": lambda: [
+        *(Rotate(8), Zoom(0.08), Translate(0.08)),
         AlignedMixUp(SMALL),
     ],
+    "aligned, small shares, half of networks": lambda: [Compose([AlignedMixUp(SMALL)], [0.5])],
 }
 """What is done to training networks; the first is what the others are compared with."""
 
