@@ -64,6 +64,7 @@ FIELDS: dict[str, tuple[nn.Module, int]] = {
     "product": (Field(plain_product, 3), 3),
     "twice": (Field(twice), 2),
     "matmul": (Field(batched_product), 2),
+    "square": (Field(lambda m, x: m.b(torch.tanh(x @ m.a.weight + m.a.bias)), 5), 5),
 }
 MAPS: list[InputMap] = [
     Translate(0.4),
@@ -247,6 +248,18 @@ def test_shifts_need_a_bias(name: str) -> None:
     for change in (Translate(), Zoom(center=0.5)):
         with pytest.raises(SpaceMismatch, match=match):
             change(graph, torch.Generator())
+
+
+def test_square_matrices_are_read_the_right_way() -> None:
+    """Exchanging no dimensions is not exchanging them; it is refused, since nobody writes it."""
+    for forward in (
+        lambda m, x: m.b(torch.tanh(x @ m.a.weight.permute(0, 1))),
+        lambda m, x: m.b(torch.tanh(x @ m.a.weight.transpose(1, 1))),
+    ):
+        x = torch.randn(4, 5, dtype=torch.float64)
+        graph = graph_of(Field(forward, 5).double(), x)
+        with pytest.raises(SpaceMismatch, match="no change of weights maps input 0"):
+            Rotate()(graph, torch.Generator())
 
 
 def test_a_matrix_of_two_inputs_is_refused() -> None:
