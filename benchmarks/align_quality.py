@@ -45,21 +45,24 @@ class Budget:
     """What is measured in a family.
 
     Attributes:
-        points: On the line.
+        points: On the line; of pairs after the first at most `FEWER`.
         examples: Training and test examples at each point.
         restarts: Of the matching with restarts.
+        pairs: How many, disjoint ones first.
     """
 
     points: int
     examples: tuple[int, int]
     restarts: int
+    pairs: int = 1
 
 
+FEWER = 11
 BUDGETS = {
-    "mlp-64": Budget(25, (10_000, 10_000), 20),
-    "mlp-512": Budget(25, (10_000, 10_000), 10),
+    "mlp-64": Budget(25, (10_000, 10_000), 20, 6),
+    "mlp-512": Budget(25, (5_000, 10_000), 10, 6),
     "mlp-2048": Budget(11, (5_000, 10_000), 0),
-    "resnet-16": Budget(25, (2_000, 10_000), 20),
+    "resnet-16": Budget(25, (2_000, 5_000), 20, 2),
     "resnet-64": Budget(11, (2_000, 5_000), 10),
     "gpt2": Budget(25, (256, 256), 10),
     "gpt2-shared": Budget(25, (256, 256), 10),
@@ -91,6 +94,12 @@ class Case:
         count = range(FAMILIES[self.name].seeds)
         return [s for s in count if (self.folder / f"{self.name}-{s}.json").exists()]
 
+    def pairs(self) -> list[tuple[int, int]]:
+        """Pairs of seeds: (0, 1), (2, 3), and then the others."""
+        every = combinations(self.seeds(), 2)
+        first = sorted(every, key=lambda p: (p[0] % 2 == 1 or p[1] != p[0] + 1, p))
+        return first[: self.budget.pairs]
+
     def metrics(self, module: nn.Module) -> dict[str, float]:
         train_loss, _ = judged(module, _pair(self.train))
         test_loss, accuracy = judged(module, _pair(self.test))
@@ -114,6 +123,10 @@ def by_weights(case: Case, a: State, b: State) -> Found:
     return match(a, b, case.space)
 
 
+def from_soft(case: Case, a: State, b: State) -> Found:
+    return match(a, b, case.space, start="sinkhorn")
+
+
 def with_restarts(case: Case, a: State, b: State) -> Found:
     if not case.budget.restarts:
         return None
@@ -135,6 +148,7 @@ def by_activations(case: Case, a: State, b: State) -> Found:
 METHODS: dict[str, Method] = {
     "as they are": lambda case, a, b: wspace.identity(case.space),
     "weights": by_weights,
+    "weights, sinkhorn": from_soft,
     "weights, restarts": with_restarts,
     "weights, all symmetries": with_gauges,
     "activations": by_activations,
@@ -148,7 +162,7 @@ def measure(options: argparse.Namespace) -> None:
     """Runs whatever is missing."""
     for name in options.only:
         case = Case(name, options)
-        for pair in combinations(case.seeds(), 2):
+        for pair in case.pairs():
             for method in options.methods:
                 ensure(options, case, pair, method)
         seeds = case.seeds()[:3]
@@ -160,7 +174,7 @@ def measure(options: argparse.Namespace) -> None:
 def ensure(options: argparse.Namespace, case: Case, pair: tuple[int, int], method: str) -> None:
     """One pair, matched in one way: its losses on the line."""
     known = {key_of(r) for r in read(options.out)}
-    missing = [r for r in case.refreshes() if (case.name, list(pair), method, r) not in known]
+    missing = [r for r in case.refreshes() if (case.name, pair, method, r) not in known]
     if not missing:
         return
     a, b = (case.state(seed) for seed in pair)
@@ -170,11 +184,10 @@ def ensure(options: argparse.Namespace, case: Case, pair: tuple[int, int], metho
     if found is None:
         return
     moved = wspace.act(found, b, case.space)
+    points = case.budget.points if pair == (0, 1) else min(FEWER, case.budget.points)
     for refresh in missing:
         batches = case.inputs if refresh else None
-        path = loss_path(
-            case.module, a, moved, case.metrics, points=case.budget.points, refresh=batches
-        )
+        path = loss_path(case.module, a, moved, case.metrics, points=points, refresh=batches)
         add(options.out, {
             "family": case.name, "pair": pair, "method": method, "refresh": refresh,
             "objective": float(objective(a, moved, case.space)),
@@ -187,7 +200,7 @@ def ensure(options: argparse.Namespace, case: Case, pair: tuple[int, int], metho
 def many(options: argparse.Namespace, case: Case, seeds: list[int], refresh: bool) -> None:
     """The mean of three networks: as they are, matched to the first, and in one frame."""
     known = {key_of(r) for r in read(options.out)}
-    if (case.name, seeds, "mean", refresh) in known:
+    if (case.name, tuple(seeds), "mean", refresh) in known:
         return
     states = [case.state(seed) for seed in seeds]
     found = match_many(states, case.space)
@@ -221,7 +234,7 @@ def add(file: Path, row: dict[str, Any]) -> None:
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["family"], row["pair"], row["method"], row["refresh"]
+    return row["family"], tuple(row["pair"]), row["method"], row["refresh"]
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -323,6 +336,7 @@ def show_means(rows: list[dict[str, Any]]) -> None:
 COLOURS = {
     "as they are": "C3",
     "weights": "C0",
+    "weights, sinkhorn": "C1",
     "weights, restarts": "C9",
     "weights, all symmetries": "C4",
     "activations": "C2",

@@ -233,13 +233,14 @@ def alone(text: str, threads: int) -> dict[str, float]:
     space = wspace.trace(a, (x,))
     traced = time.perf_counter() - start
     before = peak_mib()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     found = match(state_of(a), state_of(b), space)
     return {
         "parameters": sum(p.numel() for p in a.parameters()),
         "groups": sum(not g.fixed for g in space.groups.values()),
         "trace": traced,
         "seconds": time.perf_counter() - start,
+        "processor": time.process_time() - processor,
         "sweeps": found.sweeps,
         "above": peak_mib() - before,
         "peak": peak_mib(),
@@ -259,13 +260,14 @@ def growth(kinds: dict[str, tuple[str, ...]], threads: int) -> dict[str, Any]:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             f = out[text] = json.loads(done.stdout.splitlines()[-1])
             numbers = [f"{f['parameters'] / 1e6:.2f}", f"{f['groups']}", f"{f['trace']:.3f}"]
-            numbers += [f"{f['seconds']:.2f}", f"{f['sweeps']}", f"{f['above']:.0f}"]
+            numbers += [f"{f['seconds']:.2f}", f"{f['processor']:.2f}"]
+            numbers += [f"{f['sweeps']}", f"{f['above']:.0f}"]
             numbers += [f"{f['peak']:.0f}", f"{f['first']:.1f} → {f['objective']:.1f}"]
             lines.append([f"{title}, {text.partition(':')[2]}", *numbers])
         sizes = [out[t]["parameters"] for t in texts]
         slope = exponent(sizes, [out[t]["seconds"] for t in texts])
-        lines.append([f"{title}: exponent", *[""] * 3, f"{slope:.2f}", *[""] * 4])
-    head = ["network", "10⁶ parameters", "groups", "trace s", "matching s", "sweeps"]
+        lines.append([f"{title}: exponent", *[""] * 3, f"{slope:.2f}", *[""] * 5])
+    head = ["network", "10⁶ parameters", "groups", "trace s", "matching s", "CPU s", "sweeps"]
     head += ["MiB above the models", "peak MiB", "objective"]
     table(head, lines)
     return out
