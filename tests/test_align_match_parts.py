@@ -1,5 +1,6 @@
 """The parts of matching: pieces, assignments, signs, quadratic assignments, soft starts."""
 
+from collections.abc import Sequence
 from itertools import permutations, product
 
 import pytest
@@ -15,7 +16,7 @@ from wspace.align.assign import Ask, Assigner, inner_product
 from wspace.align.pieces import pieces
 from wspace.align.quadratic import EVERY, quadratic, value
 from wspace.align.signs import Shift, Similarity
-from wspace.align.sinkhorn import _normalised
+from wspace.align.sinkhorn import normalised
 from wspace.nn.basis import cells
 from wspace.testing import TOLERANCE, assert_close, assert_same
 
@@ -86,7 +87,7 @@ def test_computations_run_side_by_side(generator: torch.Generator) -> None:
     log: list[int] = []
 
     class Watched(Assigner):
-        def solve(self, costs: list[Tensor]) -> list[Tensor]:
+        def solve(self, costs: Sequence[Tensor]) -> list[Tensor]:
             log.append(len(costs))
             return super().solve(costs)
 
@@ -220,9 +221,9 @@ def test_quadratic_assignments_undo_permutations(generator: torch.Generator) -> 
 
 
 def test_soft_assignments_are_doubly_stochastic(generator: torch.Generator) -> None:
-    soft = _normalised(normal(generator, 2, 6, 6))
+    soft = normalised(normal(generator, 2, 6, 6))
     assert float((soft.sum(1) - 1).abs().max()) < 1e-4
     assert float((soft.sum(2) - 1).abs().max()) < 1e-4
-    sharp = _normalised(100 * normal(generator, 2, 6, 6))
+    sharp = normalised(100 * normal(generator, 2, 6, 6))
     assert float(sharp.amax(2).min()) > 0.4
     assert bool(sharp.isfinite().all())

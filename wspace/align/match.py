@@ -16,6 +16,7 @@ from torch import Tensor
 from wspace.action import KINDS, State, Transform, compose, identity, inverse
 from wspace.align.ascent import Ascent
 from wspace.align.assign import Assigner
+from wspace.align.balance import balance
 from wspace.align.blocks import Moves
 from wspace.align.climb import Climb, climb
 from wspace.align.pairing import Mean, Moved, Pairing, batch_of, pair
@@ -115,7 +116,7 @@ def match(
     lead = batch_of({"a": a, "b": b}, space, "match")
     way: list[tuple[Transform | None, Transform | None]] = []
     if "scale" in kinds:
-        way.append((balanced := _balance(a, space), other := _balance(b, space)))
+        way.append((balanced := balance(a, space), other := balance(b, space)))
         a, b = Moved(balanced, a, space), Moved(other, b, space)
     if isinstance(start, Transform):
         way.append((None, start))
@@ -135,12 +136,6 @@ def match(
         t = t if left is None else compose(inverse(left), t)
         found = _with(found, t)
     return found
-
-
-def _balance(state: State, space: WeightSpace) -> Transform:
-    from wspace.align.balance import balance
-
-    return balance(state, space)
 
 
 def _with(found: Matching, t: Transform) -> Matching:

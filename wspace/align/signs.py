@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 Key = tuple[int, ...]
+_Signs = tuple[float, ...]
+_Term = tuple[Key, dict[_Signs, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Similarity:
     def _search(self, *, choose: bool) -> tuple[Tensor, dict[int, Tensor]]:
         total = self.parts.get((), torch.zeros_like(self.some))
         terms = [*self._terms()]
-        steps: list[tuple[int, _Scope, dict[_Signs, Tensor]]] = []
+        steps: list[tuple[int, Key, dict[_Signs, Tensor]]] = []
         while left := sorted({g for scope, _ in terms for g in scope}):
             gauge = min(left, key=lambda g: len({o for s, _ in terms if g in s for o in s}))
             joined = [term for term in terms if gauge in term[0]]
@@ -119,7 +121,7 @@ class Similarity:
             terms = [t for t in terms if t[0]]
         return total, self._picked(steps) if choose else {}
 
-    def _terms(self) -> "Iterator[_Term]":
+    def _terms(self) -> Iterator[_Term]:
         """What is maximised, as a sum of functions of a few signs each."""
         for key, x in self.parts.items():
             if key:
@@ -149,9 +151,7 @@ class Similarity:
         odd = 0.5 - 0.5 * sign[here[0].gauge]
         return slope, 2 * torch.round((slope / _bend(here) - odd) / 2) + odd
 
-    def _picked(
-        self, steps: "Sequence[tuple[int, _Scope, dict[_Signs, Tensor]]]"
-    ) -> dict[int, Tensor]:
+    def _picked(self, steps: Sequence[tuple[int, Key, dict[_Signs, Tensor]]]) -> dict[int, Tensor]:
         """The factors, from the last gauge eliminated to the first."""
         sign: dict[int, Tensor] = {}
         for gauge, scope, picks in reversed(steps):
@@ -169,11 +169,6 @@ class Similarity:
         return sign | turns
 
 
-_Scope = tuple[int, ...]
-_Signs = tuple[float, ...]
-_Term = tuple[_Scope, dict[_Signs, Tensor]]
-
-
 def _choices(n: int) -> Iterator[_Signs]:
     yield from product((1.0, -1.0), repeat=n)
 
@@ -188,7 +183,7 @@ def _bend(here: Sequence[Shift]) -> float:
 
 def _maximised(
     gauge: int, terms: Sequence[_Term], *, choose: bool
-) -> tuple[_Scope, dict[_Signs, Tensor], dict[_Signs, Tensor]]:
+) -> tuple[Key, dict[_Signs, Tensor], dict[_Signs, Tensor]]:
     """A sum of terms, maximised over one sign for each choice of the others."""
     scope = tuple(sorted({g for s, _ in terms for g in s} - {gauge}))
     best: dict[_Signs, Tensor] = {}

@@ -38,7 +38,7 @@ def anneal(problem: Ascent, assigner: Assigner) -> None:
         for g in groups:
             slopes = _slopes(problem, g, soft)
             spread = slopes.std((1, 2), keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
-            soft[g] = _normalised(slopes / (temperature * spread))
+            soft[g] = normalised(slopes / (temperature * spread))
     for g, p in zip(groups, assigner.solve([*soft.values()]), strict=True):
         problem.moves.permutations[g] = p
 
@@ -66,8 +66,15 @@ def _moved(block: Block, b: Tensor, but: int, soft: Mapping[str, Tensor]) -> Ten
     return b
 
 
-def _normalised(logits: Tensor) -> Tensor:
-    """``exp(logits)`` with rows and columns that sum to 1."""
+def normalised(logits: Tensor) -> Tensor:
+    """``exp(logits)`` with rows and columns scaled to sum to 1.
+
+    Args:
+        logits: ``(rows, n, n)``.
+
+    Returns:
+        Doubly stochastic matrices, up to what is left after the last scaling.
+    """
     kernel = (logits - logits.amax(2, keepdim=True)).exp()
     rows = torch.ones_like(kernel[:, :, :1])
     columns = torch.ones_like(kernel[:, :1])

@@ -7,13 +7,13 @@ units themselves are then a linear assignment over these values.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wspace.align.assign import Ask, inner_product
-from wspace.align.blocks import Block, Moves
+from wspace.align.blocks import Block, Moves, laid
 from wspace.align.pieces import Slot
 from wspace.align.signs import Similarity
 from wspace.align.symmetry import Symmetry
@@ -259,10 +259,12 @@ def joined(of: "Ascent", g: str, here: Sequence[Block]) -> Ask:
     for part in parts:
         found = yield from matched(part, inner, of.extent, q)
         for name, x in found.permutations.items():
-            _put(of, g, name, of.moves.permutations, name, x, good)
+            old_p = of.moves.permutations[name]
+            of.moves.permutations[name] = torch.where(*_placed(of, g, name, x, good), old_p)
         for i, x in found.factors.items():
-            _put(of, g, s.gauges[i], of.moves.factors, i, x, good)
-    _put(of, g, g, of.moves.permutations, g, q, good)
+            old_f = of.moves.factors[i]
+            of.moves.factors[i] = torch.where(*_placed(of, g, s.gauges[i], x, good), old_f)
+    of.moves.permutations[g] = torch.where(*_placed(of, g, g, q, good), of.moves.permutations[g])
     return torch.where(good, _now(of, g, here) - old, 0.0)
 
 
@@ -287,25 +289,25 @@ def _now(of: "Ascent", g: str, here: Sequence[Block]) -> Tensor:
     return total
 
 
-def _put(
-    of: "Ascent", g: str, name: str, where: dict[Any, Tensor], key: Any, x: Tensor, good: Tensor
-) -> None:
-    """Writes what was found in every context of `g` to where it belongs, in good rows.
+def _placed(of: "Ascent", g: str, name: str, x: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
+    """What was found in every context of a group, in the layout of a group that depends on it.
 
-    `x` is ``(rows * contexts [* n], *what is left of over, size)``.
+    Args:
+        of: The ascent.
+        g: The group.
+        name: Itself, or one of its dependants.
+        x: ``(rows * contexts [* n], *what is left of over, size)``.
+        good: Which contexts gained, ``(rows * contexts,)``.
+
+    Returns:
+        Where it counts, broadcast to ``(rows, *over, size)``, and the values.
     """
     s = of.symmetry
-    outer = [*s.over[g], g] if name != g else [*s.over[g]]
-    left = [o for o in s.over[name] if o not in outer]
-    sizes = [*(of.extent[o] for o in outer), *(of.extent[o] for o in left)]
-    x = x.reshape(of.rows, *sizes, s.sizes[name])
-    order = [(*outer, *left).index(o) for o in s.over[name]]
-    x = x.permute(0, *(1 + k for k in order), -1)
-    mask = good.reshape(of.rows, *(of.extent[o] for o in s.over[g]))
-    places = [s.over[name].index(o) for o in s.over[g]]
-    shape = [of.rows, *[1] * len(s.over[name]), 1]
-    for place in places:
-        shape[1 + place] = of.extent[s.over[name][place]]
-    turn = sorted(range(len(places)), key=places.__getitem__)
-    mask = mask.permute(0, *(1 + k for k in turn)).reshape(shape)
-    where[key] = torch.where(mask, x, where[key])
+    over = s.over[name]
+    outer = (*s.over[g], g) if name != g else s.over[g]
+    names = (*outer, *(o for o in over if o not in outer))
+    x = x.reshape(of.rows, *(of.extent[o] for o in names), s.sizes[name])
+    x = x.permute(0, *(1 + names.index(o) for o in over), -1)
+    around = tuple(over.index(o) for o in s.over[g])
+    mask = good.reshape(of.rows, *(of.extent[o] for o in s.over[g]), 1)
+    return laid(mask, len(over), around, x.dim()), x
