@@ -58,7 +58,7 @@ def assert_rounded(a: State, b: State) -> None:
 def test_rows_move_as_if_alone(name: str, generator: torch.Generator) -> None:
     space = space_of(name)
     t, u = (wspace.sample(space, batch=BATCH, generator=generator, kinds=KINDS) for _ in range(2))
-    state = states(space, *BATCH, 2)
+    state = states(space, *BATCH)
     out, both, back = wspace.act(t, state, space), wspace.compose(t, u), wspace.inverse(t)
     assert t.batch == both.batch == back.batch == (BATCH if space.groups else ())
     for index in rows():
@@ -73,10 +73,13 @@ def test_rows_move_as_if_alone(name: str, generator: torch.Generator) -> None:
 def test_batched_elements_are_a_group(name: str, generator: torch.Generator) -> None:
     space = space_of(name)
     t, u = (wspace.sample(space, batch=(3,), generator=generator, kinds=KINDS) for _ in range(2))
-    state = states(space, 3)
+    state = states(space, 3, 2)
     once, twice = wspace.act(u, state, space), wspace.act(wspace.compose(t, u), state, space)
     assert_rounded(wspace.act(t, once, space), twice)
     assert_rounded(state, wspace.act(wspace.inverse(u), once, space))
+    for j in range(2):  # axes behind those of the transform are moved alike
+        alone = wspace.act(u, {n: x[:, j] for n, x in state.items()}, space)
+        assert_same(alone, {n: x[:, j] for n, x in once.items()}, space=space)
 
 
 def test_rows_have_elements_of_their_own() -> None:
@@ -134,6 +137,24 @@ def test_slices_of_a_family_change_places_in_each_row() -> None:
         for i in range(3):
             want = [int(state[f"e{int(p[r, i])}"][r, q[r, i, j]]) for j in range(2)]
             assert out[f"e{i}"][r].tolist() == want
+
+
+def test_slices_with_axes_that_depend_on_each_other(generator: torch.Generator) -> None:
+    a = Group("a", 3, ("permutation",))
+    h, d = Group("h", 2, ("permutation",), ("a",)), Group("d", 4, ("permutation",), ("a", "h"))
+    params = tuple(
+        Param(f"e{i}", (Axis((d,)), Axis((h,))), at=("a", i), family="e0") for i in range(3)
+    )
+    space = WeightSpace(params, extra=(a,))
+    t, state = wspace.sample(space, batch=(5,), generator=generator), states(space, 5)
+    out = wspace.act(t, state, space)
+    p, q, r = (t.permutations[n] for n in "ahd")
+    for b in range(5):
+        for i in range(3):
+            x = state[f"e{int(p[b, i])}"][b]
+            for j in range(2):
+                want = x[r[b, i, j], q[b, i, j]]
+                assert torch.equal(out[f"e{i}"][b, :, j], want)
 
 
 def test_what_does_not_move_is_the_same_object() -> None:

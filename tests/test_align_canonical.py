@@ -258,6 +258,27 @@ def test_equal_branches(generator: torch.Generator) -> None:
         assert_canonical(space, state, generator, kinds=("permutation",))
 
 
+def test_a_diagonal_tells_units_apart(generator: torch.Generator) -> None:
+    """Rows and columns hold the same numbers; only where they stand in them differs."""
+    a = Group("a", 4, ("permutation",))
+    space = WeightSpace((Param("w", (Axis((a,)), Axis((a,)))),))
+    w = torch.tensor([[1, 2, 0, 0], [2, 1, 0, 0], [0, 0, 2, 1], [0, 0, 1, 2]]).double()
+    for _ in range(9):
+        assert_canonical(space, {"w": w}, generator, kinds=("permutation",))
+
+
+def test_ties_that_rounding_would_break(generator: torch.Generator) -> None:
+    """Units of one size that only signed keys tell apart; scales leave noise in their sizes."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    space = wspace.trace(net, torch.zeros(1, 3))
+    state = states(space)
+    for x in (state["0.weight"], state["0.bias"]):
+        x[:] = x[:1]
+    state["2.weight"] = torch.tensor([[1.0, 2, 1, -2], [2, 1, -2, 1]]).double() / 3
+    for _ in range(9):
+        assert_canonical(space, state, generator, kinds=KINDS)
+
+
 def test_fresh_networks(generator: torch.Generator) -> None:
     """Biases of zero and gains of one tie; the weights tell units apart."""
     for name in ("lora_gpt2", "vit", "mlp_batchnorm", "mlp_layernorm_tanh", "gpt2"):

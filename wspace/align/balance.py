@@ -147,7 +147,7 @@ def _terms(unknowns: "_Unknowns", state: State, space: WeightSpace, lead: int) -
         if not scaled:
             continue
         kept = sorted({j for k in scaled for j in places(piece, k)})
-        x = piece.read(state, lead).double().square().sum(-1)
+        x = piece.read(state, lead).cpu().double().square().sum(-1)
         gone = [1 + k for k in range(len(piece.slots)) if k not in kept]
         x = x.sum(gone) if gone else x
         factors = tuple(_factor(unknowns, piece, k, kept) for k in scaled)

@@ -77,9 +77,8 @@ class Course:
     """A state on its way, with the group element that has brought it there.
 
     Attributes:
-        start: The state.
         state: The state as it is now.
-        transform: The element that moves `start` to `state`.
+        transform: The element that brought it there.
         batch: Batch axes of the state.
         rows: Number of its rows.
     """
@@ -87,8 +86,7 @@ class Course:
     def __init__(self, state: State, space: WeightSpace) -> None:
         self.space, self.batch = space, batch_of(state, space)
         self.rows = prod(self.batch)
-        self.start: State = {p.name: state[p.name].detach() for p in space.params}
-        self.state: State = self.start
+        self.state: State = {p.name: state[p.name].detach() for p in space.params}
         self.transform = identity(space)
 
     def units(self, group: str) -> tuple[int, ...]:
@@ -96,8 +94,8 @@ class Course:
         return (self.rows, *shape_of(self.space.all_groups[group], self.space))
 
     def read(self, piece: Piece) -> Tensor:
-        """A piece of the state as it is now, ``(rows, *slots, rest)``, float64."""
-        return piece.read(self.state, len(self.batch)).double()
+        """A piece of the state as it is now, ``(rows, *slots, rest)``, float64 on the CPU."""
+        return piece.read(self.state, len(self.batch)).cpu().double()
 
     def move(self, permutations: dict[str, Tensor], factors: dict[int, Tensor]) -> None:
         """Moves the state on.
