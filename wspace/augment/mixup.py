@@ -37,7 +37,6 @@ from wspace.augment.exact import Symmetry, check_kinds
 from wspace.augment.mixture import Mixture
 from wspace.errors import WSpaceError, message
 from wspace.graph import ParameterGraph
-from wspace.space import WeightSpace
 
 MATCHED = ("permutation", "sign", "phase")
 """Symmetries by which a partner is aligned where its space has them."""
@@ -287,28 +286,19 @@ def aligned(
     Args:
         graph: Networks.
         partner: The partner of each.
-        kinds: Symmetries that may be used.
+        kinds: Symmetries that may be used; `wspace.align.match` minds those that the space has.
         sweeps: Upper limit on sweeps.
         generator: Source of randomness, on the CPU.
 
     Returns:
         The partners moved by symmetries.
     """
-    space = graph.space
-    has = present(space, kinds)
-    if not has:
+    if not kinds:
         return partner
+    space = graph.space
     last = (slice(None), *[-1] * (len(graph.batch) - 1)) if graph.batch else ()
     a, b = ({name: x[last] for name, x in g.values.items()} for g in (graph, partner))
-    return partner.act(match(a, b, space, kinds=has, sweeps=sweeps, generator=generator))
-
-
-def present(space: WeightSpace, kinds: Sequence[str]) -> tuple[str, ...]:
-    """The kinds of symmetries, of some, that a space has."""
-    has = {gauge.kind for gauge in space.gauges}
-    if any(not g.fixed for g in space.groups.values()):
-        has.add("permutation")
-    return tuple(k for k in kinds if k in has)
+    return partner.act(match(a, b, space, kinds=kinds, sweeps=sweeps, generator=generator))
 
 
 def mean(graph: ParameterGraph, other: ParameterGraph, weight: Tensor) -> ParameterGraph:
