@@ -384,6 +384,17 @@ def test_many_copies_meet(generator: torch.Generator) -> None:
         assert_same(first, other)
 
 
+def test_many_copies_of_other_scales_meet(generator: torch.Generator) -> None:
+    space = network(5, 12, 13, 3)
+    a = random_state(space, generator)
+    more = [act(sample(space, generator=generator, kinds=KINDS), a, space) for _ in range(3)]
+    ways = match_many([a, *more], space, kinds=KINDS)
+    for t, x in zip(ways, [a, *more], strict=True):
+        assert_close(a, act(t, x, space))
+    plain = match_many([a, *more], space)
+    assert not torch.allclose(a["0.weight"], act(plain[1], more[0], space)["0.weight"])
+
+
 def test_many_states_come_closer_than_one_by_one(generator: torch.Generator) -> None:
     space = network(3, 10, 11, 2)
     better = 0

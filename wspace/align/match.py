@@ -318,6 +318,9 @@ def match_many(
     if not states:
         raise SpaceMismatch(message("match_many: no states", expected="one or more"))
     batch_of({f"state {i}": x for i, x in enumerate(states)}, space, "match_many")
+    kinds = options.get("kinds", ("permutation",))
+    if "scale" in kinds:
+        return _balanced_many(states, space, rounds=rounds, **options)
     ways: list[Transform] = [identity(space)]
     ways += [match(states[0], x, space, **options) for x in states[1:]]
     options |= {"start": "identity", "restarts": 0}
@@ -331,3 +334,14 @@ def match_many(
         if not gained:
             break
     return ways
+
+
+def _balanced_many(
+    states: Sequence[State], space: WeightSpace, *, kinds: Sequence[str], **options: Any
+) -> list[Transform]:
+    """`match_many` of balanced states, in a frame with the first one's scales."""
+    own = [balance(x, space) for x in states]
+    here = [Moved(t, x, space) for t, x in zip(own, states, strict=True)]
+    ways = match_many(here, space, kinds=[k for k in kinds if k != "scale"], **options)
+    frame = compose(ways[0], compose(inverse(own[0]), inverse(ways[0])))
+    return [compose(frame, compose(t, o)) for t, o in zip(ways, own, strict=True)]
