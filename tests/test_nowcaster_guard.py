@@ -24,7 +24,7 @@ from tests.test_nowcaster import (
     train,
 )
 from wspace.errors import NowcastError
-from wspace.nowcast import Guard, Nowcaster, Predictor
+from wspace.nowcast import Guard, LinearFit, Nowcaster, Predictor
 from wspace.nowcast.guard import measured, reestimate
 from wspace.nowcast.predictor import Past
 
@@ -483,3 +483,25 @@ def test_a_guard_gives_one_number() -> None:
     with pytest.raises(NowcastError, match=r"not one number\n.*shape \(4, 1\)"):
         measured(model, lambda: torch.zeros(4, 1))
     assert model.training
+
+
+def test_the_best_horizon_keeps_its_own_statistics() -> None:
+    """Not those of the horizon that was tried last."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    batch, losses = torch.randn(16, 3), iter([5.0, 2.0, 3.0, 4.0])  # before, then of each horizon
+    guard = Guard(lambda: next(losses), choose="best", attempts=3)
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    how: dict[str, Any] = {"period": 10, "horizon": 8, "guard": guard, "refresh": [batch]}
+    optimizer = Nowcaster(base, net, None, LinearFit(), **how)
+    for _ in range(10):
+        optimizer.zero_grad()
+        net(batch).square().mean().backward()
+        optimizer.step()
+    (jump,) = optimizer.jumps
+    assert jump.tried == (8, 4, 2) and jump.horizon == 8 and jump.after == 2.0
+    again = copy.deepcopy(net)
+    reestimate(again, [batch])
+    for name, x in again.named_buffers():
+        if "running" in name:
+            assert torch.equal(x, net.get_buffer(name)), name

@@ -397,3 +397,21 @@ def test_networks_predict_for_it(kind: str) -> None:
 def window(optimizer: Nowcaster) -> dict[str, list[Tensor]]:
     history = optimizer.core.history
     return {n: history.window(n) for n in optimizer.core.movable()}
+
+
+def test_a_step_hands_on_what_it_is_given() -> None:
+    """Options of the optimizer's own, with and without a closure."""
+    seen: list[tuple[bool, dict[str, Any]]] = []
+
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None, **options: Any) -> Any:
+            seen.append((closure is not None, options))
+            return super().step(closure)
+
+    net = nn.Linear(2, 1)
+    optimizer = Nowcaster(
+        Own(net.parameters(), lr=0.1), net, None, LinearFit(), period=5, horizon=1
+    )
+    assert optimizer.step(lambda: 3.0, factor=2) == 3.0
+    assert optimizer.step(factor=4) is None
+    assert seen == [(True, {"factor": 2}), (False, {"factor": 4})]
