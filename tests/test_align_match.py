@@ -14,7 +14,7 @@ import wspace
 from wspace.action import KINDS, State, Transform, act, compose, identity, inverse, sample
 from wspace.align import Matching, match, match_many, objective
 from wspace.errors import SpaceMismatch
-from wspace.space import Axis, Group, Param, WeightSpace
+from wspace.space import Axis, Gauge, Group, Param, WeightSpace
 from wspace.testing import TOLERANCE, assert_close, assert_same
 
 TIGHT = TOLERANCE[torch.float64]
@@ -165,6 +165,34 @@ def test_no_element_with_signs_is_better(
         assert float(found.objective) == pytest.approx(best, abs=TIGHT)
         gains += best > float(match(a, b, space).objective) + 1e-6
     assert gains == (4 if activation is nn.Tanh else 0)
+
+
+def signed_heads() -> WeightSpace:
+    """Heads that may change sign as a whole, and dimensions that may within them."""
+    h, x, y = free("h", 2), Group("x", 3), Group("y", 2)
+    d = free("d", 2, "h")
+    plain = space_of(w=(h * d, x), v=(y, h * d), u=(h, x))
+    whole = Gauge("sign", "h", (("w", 0, 0, 1), ("u", 0, 0, 1)))
+    within = Gauge("sign", "d", (("w", 0, 0, 1), ("v", 1, 0, 1)))
+    return WeightSpace(plain.params, (whole, within))
+
+
+def test_signs_of_heads_and_within_them(generator: torch.Generator) -> None:
+    """All are chosen in one step, but for those of units with more signs than are tried."""
+    space, kinds = signed_heads(), ("permutation", "sign")
+    more = WeightSpace(space.params, (*[space.gauges[0]] * 3, *space.gauges))
+    turned = 0
+    for _ in range(10):
+        a, b = random_state(space, generator), random_state(space, generator)
+        found = match(a, b, space, kinds=kinds)
+        assert_close(closeness(a, b, act(found, b, space), space), found.objective)
+        best = best_by_force(a, b, space, kinds)
+        assert float(found.objective) == pytest.approx(best, abs=TIGHT)
+        turned += best > best_by_force(a, b, space, ("permutation",)) + TIGHT
+        again = match(a, b, more, kinds=kinds)
+        assert_close(closeness(a, b, act(again, b, more), more), again.objective)
+        assert float(again.objective) == pytest.approx(best, abs=TIGHT)
+    assert turned == 10
 
 
 def test_each_tensor_counts_once(generator: torch.Generator) -> None:

@@ -7,6 +7,7 @@ units themselves are then a linear assignment over these values.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,22 +16,40 @@ from torch import Tensor
 from wspace.align.assign import Ask, inner_product
 from wspace.align.blocks import Block, Moves, laid
 from wspace.align.pieces import Slot
-from wspace.align.signs import Similarity
+from wspace.align.signs import Key, Similarity
 from wspace.align.symmetry import Symmetry
 
 if TYPE_CHECKING:
     from wspace.align.ascent import Ascent
 
+SIGNS = 3
+"""So many signs of one group are chosen together with its permutation; others are turned after."""
 CHUNK = 1 << 22
 """Numbers that the costs of one chunk of pairs may have."""
 
 
 class Inner(NamedTuple):
-    """The contents of units: A and B ``(rows, n, *slots, rest)``."""
+    """The contents of units.
+
+    Attributes:
+        slots: Slots within a unit.
+        a: ``(rows, n, *slots, rest)``.
+        b: Of the same shape.
+        key: Gauges whose signs multiply whole units of B.
+    """
 
     slots: tuple[Slot, ...]
     a: Tensor
     b: Tensor
+    key: Key = ()
+
+    def turned(self, sign: Mapping[int, Tensor]) -> "Inner":
+        """Under signs of the units, ``(rows, n)`` or one for all; A has them, which is the same."""
+        a = self.a
+        for i in self.key:
+            x = sign[i].reshape(*sign[i].shape, *[1] * (a.dim() - 2)) if sign[i].dim() else sign[i]
+            a = a * x.to(a)
+        return self._replace(a=a)
 
 
 @dataclass(frozen=True)
@@ -199,7 +218,7 @@ def _tables(part: Part, inner: Sequence[Inner], i: slice, j: slice) -> Similarit
 def _pairs(x: Inner, i: slice, j: slice) -> Inner:
     a, b = x.a[:, i, None], x.b[:, None, j]
     shape = (len(a), a.shape[1], b.shape[2], *a.shape[3:])
-    return Inner(x.slots, *(t.expand(shape).flatten(0, 2) for t in (a, b)))
+    return Inner(x.slots, a.expand(shape).flatten(0, 2), b.expand(shape).flatten(0, 2))
 
 
 # ---------------------------------------------------------------------- chosen pairs
@@ -237,27 +256,44 @@ def matched(part: Part, inner: Sequence[Inner], extent: Mapping[str, int], p: Te
 
 
 def joined(of: "Ascent", g: str, here: Sequence[Block]) -> Ask:
-    """Best permutation of a group, each pair of its units with the best of all within them."""
+    """Best permutation of a group, each pair of its units with the best of all within them.
+
+    Signs of its units are chosen with it: pairs are valued under each combination.
+
+    Args:
+        of: The ascent; its moves are changed where that gains.
+        g: The group, which every block has once.
+        here: Blocks that count.
+
+    Yields:
+        Costs of linear assignments.
+
+    Returns:
+        The gain, ``(rows * contexts,)``, float64.
+    """
     s = of.symmetry
-    family = (g, *s.dependants[g])
-    n, contexts = s.sizes[g], of.of_contexts(g)
     parts = of.parts(g)
-    inner = [_inner(of, block, g, family) for block in here]
-    # all pairs of units
-    table = torch.zeros(of.rows * contexts, n, n, dtype=torch.float64, device=of.device)
-    for item in inner:
-        if not item.slots:
-            table += item.a @ item.b.mT
-    for part in parts:
-        yield from values(part, inner, of.extent, table)
+    signs = [i for i, name in s.gauges.items() if name == g and i not in s.phases][:SIGNS]
+    inner = [_inner(of, block, g, signs) for block in here]
+    options = [*product((1.0, -1.0), repeat=len(signs))]
+    tables: list[Tensor] = []
+    for option in options:
+        sign = {i: torch.tensor(x, dtype=torch.float64) for i, x in zip(signs, option, strict=True)}
+        content = [item.turned(sign) for item in inner]
+        tables.append((yield from _valued(of, parts, content)))
+    table, which = torch.stack(tables).max(0)
     q = yield table
     old = _now(of, g, here)
     gain = table.gather(-1, q[..., None]).sum((1, 2)) - old
     good = gain > of.contexts(g, of.least(here))
     if not bool(good.any()):
         return torch.zeros_like(gain)
+    which = which.gather(-1, q[..., None])[..., 0]
+    every = torch.tensor(options, dtype=torch.float64, device=q.device)
+    sign = {i: every[:, k][which] for k, i in enumerate(signs)}
+    content = [item.turned(sign) for item in inner]
     for part in parts:
-        found = yield from matched(part, inner, of.extent, q)
+        found = yield from matched(part, content, of.extent, q)
         for name, x in found.permutations.items():
             old_p = of.moves.permutations[name]
             of.moves.permutations[name] = torch.where(*_placed(of, g, name, x, good), old_p)
@@ -265,19 +301,43 @@ def joined(of: "Ascent", g: str, here: Sequence[Block]) -> Ask:
             old_f = of.moves.factors[i]
             of.moves.factors[i] = torch.where(*_placed(of, g, s.gauges[i], x, good), old_f)
     of.moves.permutations[g] = torch.where(*_placed(of, g, g, q, good), of.moves.permutations[g])
+    for i, x in sign.items():
+        of.moves.factors[i] = torch.where(*_placed(of, g, g, x, good), of.moves.factors[i])
     return torch.where(good, _now(of, g, here) - old, 0.0)
 
 
-def _inner(of: "Ascent", block: Block, g: str, family: Sequence[str]) -> Inner:
-    """A block as its units' contents: A and B ``(rows * contexts, n, *slots, rest)``."""
+def _valued(of: "Ascent", parts: Sequence[Part], inner: Sequence[Inner]) -> Ask:
+    """Value of every pair of units.
+
+    Yields:
+        Costs of linear assignments.
+
+    Returns:
+        ``(rows, n, n)``, float64.
+    """
+    rows, n = inner[0].a.shape[:2]
+    table = torch.zeros(rows, n, n, dtype=torch.float64, device=of.device)
+    for item in inner:
+        if not item.slots:
+            table += item.a @ item.b.mT
+    for part in parts:
+        yield from values(part, inner, of.extent, table)
+    return table
+
+
+def _inner(of: "Ascent", block: Block, g: str, signs: Sequence[int]) -> Inner:
+    """A block as its units' contents: A and B ``(rows * contexts, n, *slots, rest)``.
+
+    B's units are under the signs that they have, but for those that are to be chosen.
+    """
     own = block.places(g)[0]
+    family = (g, *of.symmetry.dependants[g])
     keep, slots = inner_slots(block, g, family)
     a, b = of.read(block, g, skip=family, keep=keep)
-    for i, exponent in block.slots[own].exponents:
-        if exponent % 2 and i in of.moves.factors:  # B's sign is read where it comes to
-            sign = of.moves.factors[i].reshape(a.shape[:2])
-            a = a * sign.reshape(*sign.shape, *[1] * (a.dim() - 2)).to(a.dtype)
-    return Inner(slots, a, b)
+    key = of.key(block.slots[own])
+    held = {i: of.moves.factors[i].reshape(a.shape[:2]) for i in key if i not in signs}
+    item = Inner(slots, a, b, tuple(held)).turned(held)
+    return item._replace(key=tuple(i for i in key if i in signs))
 
 
 def _now(of: "Ascent", g: str, here: Sequence[Block]) -> Tensor:
