@@ -329,6 +329,9 @@ def _inner(of: "Ascent", block: Block, g: str, signs: Sequence[int]) -> Inner:
     """A block as its units' contents: A and B ``(rows * contexts, n, *slots, rest)``.
 
     B's units are under the signs that they have, but for those that are to be chosen.
+
+    Returns:
+        The contents.
     """
     own = block.places(g)[0]
     family = (g, *of.symmetry.dependants[g])
