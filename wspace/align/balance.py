@@ -25,7 +25,9 @@ from wspace.align.laying import batch_of, places
 from wspace.align.pieces import Piece, pieces
 from wspace.space import WeightSpace
 
-STILL = 1e-12
+STILL = 1e-11  # largest change of a logarithm in a last step; that step's error is far smaller
+LITTLE = 1e-22  # gain of a last step, relative to the total
+RIDGE = 1e-9
 FORCING = 1e-4
 HALVINGS = 12
 
@@ -275,11 +277,9 @@ class _Problem:
         x, moving = self.u.zeros(), torch.ones(self.u.rows, dtype=torch.bool)
         best = self.value(x)
         for _ in range(steps):
-            step = _Quadratic(self, x).minimum(moving)
-            size = step.abs().amax(1)
-            moving = moving & (size > STILL)
-            if not moving.any():
-                break
+            model = _Quadratic(self, x)
+            step = model.minimum(moving)
+            size, gain = step.abs().amax(1), -(model.slope * step).sum(1)
             step = step / size.clamp(min=1.0)[:, None] * moving[:, None]
             value = self.value(x + step)
             for _ in range(HALVINGS):
@@ -289,6 +289,9 @@ class _Problem:
                 step = torch.where(worse[:, None], step / 2, step)
                 value = self.value(x + step)
             x, best = x + step, torch.minimum(value, best)
+            moving = moving & (size > STILL) & (gain > LITTLE * best.abs())
+            if not moving.any():
+                break
         return x * self.alive
 
 
@@ -307,6 +310,8 @@ class _Quadratic:
             rate = problem.rate(f)
             self.u.of(self.slope, f.group).add_(2 * own[..., None] * rate)
             self.local[f.group] += 4 * own[..., None, None] * (rate[:, None] * rate)
+        for a in self.local.values():  # gauges may have the same effect, up to what is zero
+            a.diagonal(dim1=-2, dim2=-1).mul_(1 + RIDGE)
         self.inverse = {g: _inverted(a) for g, a in self.local.items()}
         pairs = zip(problem.terms, self.weights, strict=True)
         n = torch.stack([t.marginal(w, ()) for t, w in pairs], 1)
