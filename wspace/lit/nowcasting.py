@@ -6,13 +6,14 @@ Everything is float32, and a loss that is not finite ends the training: nothing 
 again. A batch holds trajectories of one architecture; the zoo may hold several.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from wspace.errors import WSpaceError, ZooError, message
@@ -28,6 +29,8 @@ from wspace.nowcast.topology import Topology
 from wspace.nowcast.wiring import traced
 from wspace.space import WeightSpace
 from wspace.zoo import Zoo, ZooBatch
+
+log = logging.getLogger(__name__)
 
 Network = NiNoMLP | NiNoGraph
 PREDICTORS: dict[str, type[NiNoMLP] | type[NiNoGraph]] = {
@@ -110,10 +113,11 @@ class Nowcasting(Task):
         most = reach(len(zoo.steps), self.windows, self.predictor.context)
         if most < self.predictor.longest:
             lost = [f"relative_{k}" for k in SHOWN if most < k <= self.predictor.longest]
-            rank_zero_info(
-                f"Nowcasting: trajectories of {len(zoo.steps)} states reach {most} spacings ahead; "
-                f"the predictor learns nothing of horizons {most + 1} to {self.predictor.longest}"
-                + (f", and {', '.join(lost)} are left out" if lost else "")
+            rank_zero_only(log.warning)(
+                "Nowcasting: trajectories of %d states reach %d spacings ahead; the predictor "
+                "learns nothing of horizons %d to %d%s",
+                *(len(zoo.steps), most, most + 1, self.predictor.longest),
+                f", and {', '.join(lost)} are left out" if lost else "",
             )
 
     def build(self, *, fresh: bool = True) -> None:
