@@ -151,6 +151,19 @@ def test_no_element_is_better(name: str, generator: torch.Generator) -> None:
     assert below  # the identity is not the best, so there was something to find
 
 
+def test_steps_that_lose_are_taken_back(generator: torch.Generator) -> None:
+    """Seven units on three axes, and dims on two of one tensor: steps are only guesses there."""
+    g, x, heads = free("g", 7), Group("x", 2), free("heads", 2)
+    wide = heads * free("dims", 6, "heads")
+    for space in (space_of(w=(g, x), u=(g, g, g)), space_of(w=(wide, x), u=(wide, wide))):
+        a, b = random_state(space, generator, 20), random_state(space, generator, 20)
+        found = match(a, b, space, start="identity")
+        assert bool((found.history.diff(dim=0) >= 0).all())
+        assert_close(closeness(a, b, act(found, b, space), space), found.objective)
+        assert_close(found.start_objective, found.history[0])
+        assert bool((found.objective > found.start_objective).any())
+
+
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 def test_no_element_with_signs_is_better(
     activation: type[nn.Module], generator: torch.Generator
