@@ -244,6 +244,23 @@ def test_the_objective_is_what_it_says(generator: torch.Generator) -> None:
         assert set(found.permutations) == (set(space.groups) if "permutation" in kinds else set())
 
 
+@pytest.mark.parametrize("start", ["forward", "identity", "sinkhorn"])
+@pytest.mark.parametrize("kinds", [PERMUTATION, ("permutation", "sign")])
+def test_no_step_gains_on_the_result(
+    start: str, kinds: tuple[str, ...], generator: torch.Generator
+) -> None:
+    """Every group is asked again after what it meets has changed."""
+    steps = 0
+    for space in (network(3, 9, 8, 7, 2, activation=nn.Tanh), attention(3, 4, 2)):
+        a, b = random_state(space, generator, 10), random_state(space, generator, 10)
+        found = match(a, b, space, start=start, kinds=kinds)
+        steps += len(found.history) - 1
+        again = match(a, act(found, b, space), space, start="identity", kinds=kinds)
+        assert found.converged
+        assert len(again.history) == 1
+    assert steps
+
+
 def test_a_start_is_where_the_ascent_starts(generator: torch.Generator) -> None:
     space = network(3, 8, 9, 2)
     a = random_state(space, generator)
