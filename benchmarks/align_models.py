@@ -163,10 +163,8 @@ def resnet(width: int) -> nn.Module:
     return ResNet(width).to(memory_format=torch.channels_last)
 
 
-def _mlp(width: int, seeds: int, **more: Any) -> Family:
-    return Family(
-        partial(mlp, width), partial(images, "mnist", False), 2400, 256, 1e-3, 0.0, seeds, **more
-    )
+def _mlp(width: int, seeds: int) -> Family:
+    return Family(partial(mlp, width), partial(images, "mnist", False), 2400, 256, 1e-3, 0.0, seeds)
 
 
 def _resnet(width: int, seeds: int) -> Family:
@@ -177,7 +175,6 @@ def _resnet(width: int, seeds: int) -> Family:
 FAMILIES = {
     "mlp-64": _mlp(64, 4),
     "mlp-512": _mlp(512, 4),
-    "mlp-2048": _mlp(2048, 2, half=True),
     "resnet-16": _resnet(16, 4),
     "resnet-64": _resnet(64, 2),
     "gpt2": Family(gpt2, shakespeare, 2400, 32, 2e-3, 0.1),
