@@ -343,14 +343,13 @@ COLOURS = {
 
 
 def plot(options: argparse.Namespace) -> None:
-    """Draws losses and accuracies along the lines, and barriers against width."""
+    """Draws losses and accuracies along the lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     rows = [r for r in read(options.out) if r["method"] != "mean"]
     options.plot.mkdir(parents=True, exist_ok=True)
     draw_paths(rows, options.plot / "align_paths.svg")
-    draw_widths(rows, options.plot / "align_widths.svg")
 
 
 def draw_paths(rows: list[dict[str, Any]], image: Path) -> None:
@@ -368,60 +367,22 @@ def draw_paths(rows: list[dict[str, Any]], image: Path) -> None:
             if row["family"] != name or row["method"] not in shown or row["pair"] != [0, 1]:
                 continue
             style = {"color": COLOURS[row["method"]], "ls": "-", "lw": 1.4}
-            label = row["method"]
             if name.startswith("resnet"):
                 style["ls"] = "-" if row["refresh"] else ":"
-                label += "" if row["refresh"] else ", statistics averaged"
-            upper.plot(row["points"], row["metrics"]["test_loss"], label=label, **style)
+            upper.plot(row["points"], row["metrics"]["test_loss"], label=row["method"], **style)
             accuracy = [100 * x for x in row["metrics"]["test_accuracy"]]
             lower.plot(row["points"], accuracy, **style)
         upper.set(title=title, xlim=(0, 1))
         lower.set(xlabel="from A to B", xlim=(0, 1))
-        if name.startswith("resnet"):
-            upper.legend(frameon=False, fontsize=6)
         for panel in (upper, lower):
             panel.grid(lw=0.3)
     axes[0][0].set_ylabel("test loss, nats")
     axes[1][0].set_ylabel("test accuracy, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False)
+    handles += axes[0][0].plot([], [], color="0.3", ls=":")
+    labels.append("BatchNorm's statistics averaged, not estimated anew")
+    figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(image)
-
-
-def draw_widths(rows: list[dict[str, Any]], image: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(7, 3.2))
-    for panel, kind in zip(axes, ("mlp", "resnet"), strict=True):
-        widths = [int(n.split("-")[1]) for n in BUDGETS if n.startswith(kind)]
-        for method in ("as they are", "weights", "activations"):
-            for refresh, line in ((False, ":" if kind == "resnet" else "-"), (True, "-")):
-                found = {
-                    w: [
-                        path_of(r).heights["train_loss"]
-                        for r in rows
-                        if (r["family"], r["method"], r["refresh"])
-                        == (f"{kind}-{w}", method, refresh)
-                    ]
-                    for w in widths
-                }
-                found = {w: x for w, x in found.items() if x}
-                if found:
-                    label = method if line == "-" else f"{method}, statistics averaged"
-                    colour = COLOURS[method]
-                    means = [max(fmean(x), 1e-4) for x in found.values()]
-                    panel.plot([*found], means, line, color=colour, label=label, lw=1.2)
-                    for w, x in found.items():
-                        panel.plot([w] * len(x), [max(y, 1e-4) for y in x], ".", color=colour, ms=4)
-        title = "MLPs, MNIST" if kind == "mlp" else "ResNet-8s, CIFAR-10"
-        panel.set(xscale="log", yscale="log", title=title, xlabel="width", xticks=widths)
-        panel.set_xticklabels([str(w) for w in widths])
-        panel.minorticks_off()
-        panel.grid(lw=0.3)
-        panel.legend(frameon=False, fontsize=6)
-    axes[0].set_ylabel("barrier of the training loss, nats")
-    figure.tight_layout()
     figure.savefig(image)
 
 
