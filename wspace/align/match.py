@@ -20,7 +20,7 @@ from wspace.align.balance import balance
 from wspace.align.blocks import Moves
 from wspace.align.climb import Climb, climb
 from wspace.align.pairing import Mean, Moved, Pairing, batch_of, pair
-from wspace.align.starts import STARTS, begin
+from wspace.align.starts import STARTS, WORKED_OUT, begin
 from wspace.align.symmetry import Symmetry, symmetry_of
 from wspace.errors import SpaceMismatch, message
 from wspace.space import WeightSpace
@@ -84,7 +84,7 @@ def match(
         start: Where the ascent starts. ``"forward"``: each group matched by what meets only groups
             that are matched already, beginning at the inputs; ``"sinkhorn"``: soft assignments,
             annealed; ``"identity"``; ``"random"``; or a transform of B. Where one of the first two
-            does not lead beyond the identity, the identity is where it starts.
+            finds less than B has as it is (models of one ancestor), the identity is the start.
         restarts: Further ascents from random permutations; the best counts, row by row.
         sweeps: Upper limit on sweeps over all groups, for each ascent.
         generator: Source of randomness, on the CPU; used by random starts only.
@@ -126,8 +126,6 @@ def match(
     with Assigner(threads or torch.get_num_threads()) as assigner:
         search = _Search(space, pairing, symmetry, assigner, sweeps)
         search.ascend(start, generator)
-        if start in ("forward", "sinkhorn") and bool((search.restarts[0] < search.before).any()):
-            search.ascend("identity", generator, instead=True)
         for _ in range(restarts):
             search.ascend("random", generator)
     found = search.result(lead)
@@ -197,21 +195,21 @@ class _Search:
         self.won = torch.zeros(pairing.rows, dtype=torch.int64, device=pairing.device)
         self.moves = Moves(symmetry.over, symmetry.phases)
 
-    def ascend(
-        self, start: str, generator: torch.Generator | None, *, instead: bool = False
-    ) -> None:
-        """One ascent; with `instead`, it counts as the last one done over where that is better."""
+    def ascend(self, start: str, generator: torch.Generator | None) -> None:
+        """One ascent; from the identity in rows where the start that is worked out is worse."""
         extent = {name: g.size for name, g in self.space.all_groups.items()}
         pairing = self.pairing
         problem = Ascent(pairing.blocks, self.symmetry, extent, pairing.rows, pairing.device)
+        aside, neutral = self._aside(problem), problem.moves.copy()
         unsure = begin(start, problem, self.assigner, generator)
+        if start in WORKED_OUT and bool((worse := aside + problem.total() < self.before).any()):
+            problem.moves.put_where(worse, neutral)
+            unsure = {*range(len(problem.units))}
         problem.gain.zero_()
         course = climb(problem, self.assigner, self.sweeps, unsure)
-        reached = self._aside(problem) + problem.total()
-        course.history = [
-            reached - problem.gain,
-            *(reached - problem.gain + x for x in course.history),
-        ]
+        reached = aside + problem.total()
+        first = reached - problem.gain
+        course.history = [first, *(first + x for x in course.history)]
         better = torch.ones_like(reached, dtype=torch.bool)
         if self.best is None:
             self.best = reached
@@ -222,10 +220,7 @@ class _Search:
             self.moves.put_where(better, problem.moves)
         self.won[better] = len(self.courses)
         self.courses.append(course)
-        if instead:
-            self.restarts[-1] = torch.maximum(reached, self.restarts[-1])
-        else:
-            self.restarts.append(reached)
+        self.restarts.append(reached)
 
     def _aside(self, problem: Ascent) -> Tensor:
         """Inner product of what nothing moves."""
