@@ -95,7 +95,9 @@ def test_one_form_for_an_orbit_of_some_kinds(
         assert_canonical(space, states(space), generator, kinds=kinds)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in SCALED else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_the_function_stays(name: str, generator: torch.Generator) -> None:
     module, args, kwargs = build(name)
     state = generic(state_of(module), generator)
