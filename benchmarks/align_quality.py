@@ -376,6 +376,9 @@ def draw_paths(rows: list[dict[str, Any]], image: Path) -> None:
         lower.set(xlabel="from A to B", xlim=(0, 1))
         for panel in (upper, lower):
             panel.grid(lw=0.3)
+        if name == "gpt2-shared" and "gpt2" in names:  # to be compared by eye
+            upper.sharey(axes[0][column - 1])
+            lower.sharey(axes[1][column - 1])
     axes[0][0].set_ylabel("test loss, nats")
     axes[1][0].set_ylabel("test accuracy, %")
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from align_models import mlp
-from harness import exponent, machine, peak_mib, peer, table
+from harness import exponent, machine, peer, table
 from models import resnet18
 from torch import Tensor, nn
 
@@ -232,7 +232,7 @@ def alone(text: str, threads: int) -> dict[str, float]:
     start = time.perf_counter()
     space = wspace.trace(a, (x,))
     traced = time.perf_counter() - start
-    before = peak_mib()
+    before = resident("VmRSS", forget=True)
     start, processor = time.perf_counter(), time.process_time()
     found = match(state_of(a), state_of(b), space)
     return {
@@ -242,11 +242,22 @@ def alone(text: str, threads: int) -> dict[str, float]:
         "seconds": time.perf_counter() - start,
         "processor": time.process_time() - processor,
         "sweeps": found.sweeps,
-        "above": peak_mib() - before,
-        "peak": peak_mib(),
+        "above": resident("VmHWM") - before,
+        "peak": resident("VmHWM"),
         "first": float(found.start_objective),
         "objective": float(found.objective),
     }
+
+
+def resident(what: str, *, forget: bool = False) -> float:
+    """Resident memory of this process in MiB, from Linux: ``VmRSS`` is now, ``VmHWM`` the peak.
+
+    Not `resource.getrusage`, whose peak a child inherits from the process that started it.
+    """
+    if forget:  # the peak so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(x.split()[1]) / 2**10 for x in lines if x.startswith(f"{what}:"))
 
 
 def growth(kinds: dict[str, tuple[str, ...]], threads: int) -> dict[str, Any]:
