@@ -13,7 +13,7 @@ from torch import Tensor
 
 import wspace
 from wspace.align.assign import Ask, Assigner, inner_product
-from wspace.align.pieces import pieces
+from wspace.nn.pieces import pieces
 from wspace.align.quadratic import EVERY, quadratic, value
 from wspace.align.signs import Shift, Similarity
 from wspace.align.sinkhorn import normalised

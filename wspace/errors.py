@@ -46,6 +46,10 @@ class MeasureError(WSpaceError, RuntimeError):
     """A module could not be measured: a loss that is not a number, or no data."""
 
 
+class PruneError(WSpaceError, ValueError):
+    """A network cannot be pruned as asked: nothing would be left, or its code fixes a size."""
+
+
 class MissingExtra(WSpaceError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from wspace.align.assign import Ask, inner_product
 from wspace.align.blocks import Block, Moves
-from wspace.align.pieces import Slot
 from wspace.align.rigid import rearranged, turned
 from wspace.align.signs import Key, Shift, Similarity
 from wspace.align.symmetry import Symmetry
 from wspace.align.together import Part, joined, parts_of
+from wspace.nn.pieces import Slot
 
 SAFETY = 4.0
 """A gain must exceed so many times what rounding may leave."""

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from wspace.action import State, Transform, shape_of
-from wspace.align.laying import batch_of, places
-from wspace.align.pieces import Piece, pieces
+from wspace.align.laying import batch_of
+from wspace.nn.pieces import Piece, pieces, places
 from wspace.space import WeightSpace
 
 STILL = 1e-11  # largest change of a logarithm in a last step; that step's error is far smaller

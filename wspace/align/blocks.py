@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wspace.align.pieces import Slot
+from wspace.nn.pieces import Slot
 
 Pair = tuple[Tensor, Tensor]
 

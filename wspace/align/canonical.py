@@ -19,11 +19,11 @@ from torch import Tensor
 
 from wspace.action import KINDS, State, Transform, act
 from wspace.align.balance import balance
-from wspace.align.laying import Course, by_unit
+from wspace.align.laying import Course
 from wspace.align.parity import signs
-from wspace.align.pieces import pieces
 from wspace.align.ranks import Ranks, moved_ranks, sorting
 from wspace.errors import SpaceMismatch, message
+from wspace.nn.pieces import by_unit, pieces
 from wspace.space import WeightSpace
 
 CHOICES = 64

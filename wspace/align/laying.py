@@ -1,56 +1,12 @@
-"""Numbers per unit beside the entries of a piece.
-
-The units of a group have numbers of shape ``(rows, *over, size)``. In a piece ``(rows, *slots,
-rest)`` they lie along a slot and the slots that it depends on.
-"""
+"""A state on the way to its canonical form, and which signs stand beside a slot."""
 
 from math import prod
 
 from torch import Tensor
 
 from wspace.action import State, Transform, act, compose, identity, shape_of
-from wspace.align.pieces import Piece
+from wspace.nn.pieces import Piece
 from wspace.space import WeightSpace
-
-
-def places(piece: Piece, k: int) -> tuple[int, ...]:
-    """Slots along which the numbers of slot `k` lie, in the order of their own axes."""
-    return (*piece.slots[k].over, k)
-
-
-def laid(values: Tensor, piece: Piece, k: int) -> Tensor:
-    """Numbers per unit along the slots of a piece.
-
-    Args:
-        values: ``(rows, *over, size)``.
-        piece: The piece.
-        k: Which slot.
-
-    Returns:
-        ``(rows, *slots)``, of size 1 where nothing varies.
-    """
-    where = places(piece, k)
-    order = sorted(range(len(where)), key=where.__getitem__)
-    sizes = [s.size if i in where else 1 for i, s in enumerate(piece.slots)]
-    return values.permute(0, *(1 + i for i in order)).reshape(len(values), *sizes)
-
-
-def by_unit(x: Tensor, piece: Piece, k: int) -> Tensor:
-    """What a tensor of the piece's layout holds for each unit of a slot.
-
-    Args:
-        x: ``(rows, *slots, rest)``.
-        piece: The piece.
-        k: Which slot.
-
-    Returns:
-        ``(rows, *over, size, others)``.
-    """
-    where = places(piece, k)
-    others = [i for i in range(len(piece.slots)) if i not in where]
-    order = [*where, *others, len(piece.slots)]
-    y = x.permute(0, *(1 + i for i in order))
-    return y.reshape(*y.shape[: 1 + len(where)], prod(y.shape[1 + len(where) :]))
 
 
 def batch_of(state: State, space: WeightSpace) -> tuple[int, ...]:

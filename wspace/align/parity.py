@@ -15,8 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from wspace.align.laying import Course, by_unit, laid, odd
-from wspace.align.pieces import Piece, pieces
+from wspace.align.laying import Course, odd
+from wspace.nn.pieces import Piece, by_unit, laid, pieces
 
 NEAR = 1e-9
 

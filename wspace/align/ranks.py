@@ -16,8 +16,8 @@ from math import ceil, log2, prod
 import torch
 from torch import Tensor
 
-from wspace.align.laying import Course, by_unit, laid, places
-from wspace.align.pieces import Piece, pieces
+from wspace.align.laying import Course
+from wspace.nn.pieces import Piece, by_unit, laid, pieces, places
 
 MIXES = 61
 ROUNDS = 8

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from wspace.align.pieces import pieces
+from wspace.nn.pieces import pieces
 from wspace.space import WeightSpace
 
 

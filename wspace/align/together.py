@@ -15,9 +15,9 @@ from torch import Tensor
 
 from wspace.align.assign import Ask, inner_product
 from wspace.align.blocks import Block, Moves, laid
-from wspace.align.pieces import Slot
 from wspace.align.signs import Key, Similarity
 from wspace.align.symmetry import Symmetry
+from wspace.nn.pieces import Slot
 
 if TYPE_CHECKING:
     from wspace.align.ascent import Ascent

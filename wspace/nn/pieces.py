@@ -227,3 +227,48 @@ def _nearest(leaves: Sequence[_Leaf], of: _Leaf, group: str) -> int:
     places = [i for i, leaf in enumerate(leaves) if leaf.group.name == group]
     here = [i for i in places if leaves[i].dim == of.dim]
     return (here or places)[-1]
+
+
+# ------------------------------------------------------------------- numbers per unit
+# The units of a group have numbers of shape ``(rows, *over, size)``. In a piece they lie along a
+# slot and the slots that it depends on.
+
+
+def places(piece: Piece, k: int) -> tuple[int, ...]:
+    """Slots along which the numbers of slot `k` lie, in the order of their own axes."""
+    return (*piece.slots[k].over, k)
+
+
+def laid(values: Tensor, piece: Piece, k: int) -> Tensor:
+    """Numbers per unit along the slots of a piece.
+
+    Args:
+        values: ``(rows, *over, size)``.
+        piece: The piece.
+        k: Which slot.
+
+    Returns:
+        ``(rows, *slots)``, of size 1 where nothing varies.
+    """
+    where = places(piece, k)
+    order = sorted(range(len(where)), key=where.__getitem__)
+    sizes = [s.size if i in where else 1 for i, s in enumerate(piece.slots)]
+    return values.permute(0, *(1 + i for i in order)).reshape(len(values), *sizes)
+
+
+def by_unit(x: Tensor, piece: Piece, k: int) -> Tensor:
+    """What a tensor of the piece's layout holds for each unit of a slot.
+
+    Args:
+        x: ``(rows, *slots, rest)``.
+        piece: The piece.
+        k: Which slot.
+
+    Returns:
+        ``(rows, *over, size, others)``.
+    """
+    where = places(piece, k)
+    others = [i for i in range(len(piece.slots)) if i not in where]
+    order = [*where, *others, len(piece.slots)]
+    y = x.permute(0, *(1 + i for i in order))
+    return y.reshape(*y.shape[: 1 + len(where)], prod(y.shape[1 + len(where) :]))
