@@ -178,6 +178,18 @@ class Param:
         """True if no free group moves it."""
         return all(axis.fixed for axis in self.axes)
 
+    @property
+    def local(self) -> bool:
+        """True if no group of an axis depends on a group of another axis."""
+        top = {self.at[0]} if self.at else set[str]()
+        inside = [top | {g.name for g in axis.groups()} for axis in self.axes]
+        return all(
+            o in known
+            for axis, known in zip(self.axes, inside, strict=True)
+            for g in axis.groups()
+            for o in g.over
+        )
+
     def __str__(self) -> str:
         at = f" @ {self.at[0]}={self.at[1]}" if self.at else ""
         return f"{self.name}({', '.join(map(str, self.axes))}){at}"

@@ -172,7 +172,7 @@ def _plans(space: WeightSpace) -> dict[str, _Plan]:
     return {
         p.name: _Plan(
             tuple(tuple(dict.fromkeys(g.name for g in axis.groups())) for axis in p.axes),
-            _local(p),
+            p.local,
             tuple(factors.get(p.name, ())),
         )
         for p in space.params
@@ -224,15 +224,6 @@ def _take(x: Tensor, d: int, source: Tensor) -> Tensor:
     shape = [n if i == d else 1 for i in range(x.dim())]
     shape[0] = len(source)
     return x.gather(d, source.reshape(shape).expand(x.shape))
-
-
-def _local(p: Param) -> bool:
-    """True if no group of an axis depends on a group of another axis."""
-    for axis in p.axes:
-        here = {g.name for g in axis.groups()} | ({p.at[0]} if p.at else set())
-        if any(o not in here for g in axis.groups() for o in g.over):
-            return False
-    return True
 
 
 def _gather_factors(t: Transform, p: Param, x: Tensor, factors: list[Group]) -> Tensor:

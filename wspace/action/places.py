@@ -36,6 +36,32 @@ def axis_source(t: Transform, axis: Axis, at: tuple[str, int] | None) -> Tensor:
     return source if t.batch else source.flatten()
 
 
+def axis_kept(keep: Mapping[str, Tensor], axis: Axis, at: tuple[str, int] | None) -> Tensor:
+    """Which entries of an axis are left when only some units of its groups are kept.
+
+    Args:
+        keep: Group name → bool, ``(*sizes of over, size)``; groups that are absent keep all.
+        axis: The axis.
+        at: Of the parameter: the group of its family, and the place in it.
+
+    Returns:
+        bool, ``(axis.size,)``.
+    """
+    env, contexts = _around(at, None)
+    return _kept(keep, axis, env, contexts).flatten()
+
+
+def _kept(keep: Mapping[str, Tensor], axis: Axis, env: Env, contexts: int) -> Tensor:
+    """Entries of `axis` that are left in every context: ``(contexts, axis.size)``."""
+    out = torch.ones(1, dtype=torch.bool)
+    for f, outer, place in _grid(axis, env, contexts):
+        if isinstance(f, Concat):
+            out = out & place(torch.cat([_kept(keep, part, *outer) for part in f.parts], 1))
+        elif f.name in keep:
+            out = out & place(_read(keep[f.name], f, *outer))
+    return out.expand(contexts, *(f.size for f in axis.factors)).reshape(contexts, axis.size)
+
+
 def _around(at: tuple[str, int] | None, rows: int | None) -> tuple[Env, int]:
     """The environment of a whole axis, and the number of contexts: one, or one for each row."""
     env = {at[0]: torch.tensor([at[1]])} if at else {}

@@ -162,7 +162,7 @@ def _stack(members: tuple[Param, ...], p: Param, lead: Group | None) -> Stack:
     top = () if lead is None else (lead,)
     env: dict[str, Place] = {} if lead is None else {lead.name: ()}
     factors = tuple(f for axis in p.axes for f in axis.factors)
-    if _local(p):
+    if p.local:
         axes = [_lay(axis, env, (d,)) for d, axis in enumerate(p.axes)]
     else:
         axes = [_lay(Axis(factors), env, (0,))]
@@ -171,17 +171,6 @@ def _stack(members: tuple[Param, ...], p: Param, lead: Group | None) -> Stack:
         entries = [((), g, {}) for g in top] + [e for part in choice for e in part]
         found.append(_slots(entries))
     return Stack(tuple(q.name for q in members), p.shape, (*top, *factors), tuple(found))
-
-
-def _local(p: Param) -> bool:
-    """True if no group of an axis depends on a group of another axis (as in `action`)."""
-    top = {p.at[0]} if p.at else set[str]()
-    return all(
-        o in top | {h.name for h in axis.groups()}
-        for axis in p.axes
-        for g in axis.groups()
-        for o in g.over
-    )
 
 
 Place = tuple[int, ...]

@@ -1,0 +1,1 @@
+"""Pruning: keep a subset of the units of every group."""
