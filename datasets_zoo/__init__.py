@@ -10,6 +10,7 @@ RECIPES = {
     "language_models": "datasets_zoo.language:LanguageModels",
     "trajectories": "datasets_zoo.trajectories:Trajectories",
     "mixed_trajectories": "datasets_zoo.trajectories:Mixed",
+    "unit_effects": "datasets_zoo.pruning:UnitEffects",
     "untrained": "datasets_zoo.untrained:Untrained",
     "published": "datasets_zoo.published.recipe:Published",
 }

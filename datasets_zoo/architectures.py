@@ -140,6 +140,86 @@ def depthwise(
     return nn.Sequential(*layers, *_head(width, classes))
 
 
+def plain(
+    channels: int,
+    widths: Sequence[int] = (16, 16, 32, 32),
+    strides: Sequence[int] = (2, 1, 2, 1),
+    *,
+    classes: int = 10,
+    activation: str = "relu",
+    norm: bool = True,
+) -> nn.Module:
+    """Convolutions of different strides, global average pooling and a linear layer.
+
+    Args:
+        channels: Channels of the images.
+        widths: Channels of the convolutions.
+        strides: Their strides.
+        classes: Length of the answer.
+        activation: One of `ACTIVATIONS`.
+        norm: Whether BatchNorm follows every convolution.
+
+    Returns:
+        The module.
+    """
+    layers: list[nn.Module] = []
+    for a, b, stride in zip([channels, *widths[:-1]], widths, strides, strict=True):
+        layers.append(nn.Conv2d(a, b, 3, stride, 1, bias=not norm))
+        layers += [nn.BatchNorm2d(b)] if norm else []
+        layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers, *_head(widths[-1], classes))
+
+
+class _BasicBlock(nn.Module):
+    """Two convolutions with BatchNorm beside a shortcut, which is a convolution between widths."""
+
+    def __init__(self, before: int, width: int, stride: int, activation: str) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.act = ACTIVATIONS[activation]()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or before != width:
+            conv = nn.Conv2d(before, width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.second(self.act(self.norm1(self.first(x)))))
+        return self.act(y + self.shortcut(x))
+
+
+def resnet(
+    channels: int,
+    widths: Sequence[int] = (8, 16, 32),
+    *,
+    blocks: int = 1,
+    stem: int = 1,
+    classes: int = 10,
+    activation: str = "relu",
+) -> nn.Module:
+    """A residual network in stages: He et al. (2016), section 4.2 (arXiv 1512.03385).
+
+    Args:
+        channels: Channels of the images.
+        widths: Channels of the stages; all but the first start with stride 2.
+        blocks: Blocks in a stage.
+        stem: Stride of the first convolution.
+        classes: Length of the answer.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        The module.
+    """
+    first = nn.Conv2d(channels, widths[0], 3, stem, 1, bias=False)
+    body: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip([widths[0], *widths[:-1]], widths, strict=True)):
+        body.append(_BasicBlock(a, b, 2 if i else 1, activation))
+        body += [_BasicBlock(b, b, 1, activation) for _ in range(blocks - 1)]
+    norm, act = nn.BatchNorm2d(widths[0]), ACTIVATIONS[activation]()
+    return nn.Sequential(first, norm, act, *body, *_head(widths[-1], classes))
+
+
 class Attention(nn.Module):
     """Self-attention with plain operators, which `torch.func.vmap` runs side by side.
 

@@ -162,10 +162,8 @@ class ImageClassifiers(Counted):
         def draw(choices: tuple[Any, ...]) -> Any:
             return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
-        data = _data(self.dataset, self.root, self.grey)
-        channels, side = data[0].shape[1], data[0].shape[-1]
-        family = draw(self.families)
-        factory, options = _family(family, channels, side, draw)
+        data = self.images()
+        family, factory, options = self.architecture(data[0].shape[1], data[0].shape[-1], draw)
         if self.activation:
             options["activation"] = self.activation
         optimizer = draw(("adam", "sgd"))
@@ -190,9 +188,30 @@ class ImageClassifiers(Counted):
         table |= {"checkpoint": torch.arange(self.checkpoints).repeat(count)}
         words = {"family": family, "activation": options["activation"], "optimizer": optimizer}
         columns: dict[str, Any] = {k: [v] * len(rows) for k, v in words.items()} | table
-        spec = InputSpec((1, channels, side, side))
+        spec = InputSpec((1, *data[0].shape[1:]))
         architecture = Architecture(f"datasets_zoo.architectures:{factory}", options, (spec,))
         return Cohort(architecture, states, columns)
+
+    def images(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images ``(N, C, n, n)`` and labels to train on, and those to test on, shuffled."""
+        return _data(self.dataset, self.root, self.grey)
+
+    def architecture(self, channels: int, side: int, draw: Draw) -> tuple[str, str, dict[str, Any]]:
+        """What the networks of a cohort are.
+
+        Args:
+            channels: Of the images.
+            side: Pixels along a side of them.
+            draw: Takes one of several choices.
+
+        Returns:
+            Name of the family, of a factory in `architectures`, and its options.
+
+        Raises:
+            ZooError: If a family is unknown.
+        """  # noqa: DOC502 (a helper raises)
+        family = draw(self.families)
+        return family, *_family(family, channels, side, draw)
 
     def examples(self, count: int) -> Tensor:
         """Training images as the networks see them, ``(count, channels, side, side)``.
@@ -203,7 +222,7 @@ class ImageClassifiers(Counted):
         Returns:
             Images, such as first values of probes (`wspace.lit.build_metanet`).
         """
-        return _data(self.dataset, self.root, self.grey)[0][:count].clone()
+        return self.images()[0][:count].clone()
 
     def _hyper_parameters(self, optimizer: str, generator: torch.Generator) -> dict[str, Tensor]:
         """Hyper-parameters of a whole cohort, ``(size,)`` each."""
