@@ -88,7 +88,7 @@ CAPTURE = (
     "torch._dynamo",
 )
 ONLY = [
-    (CAPTURE, ("wspace.trace.capture", "wspace.trace.sandbox")),
+    (CAPTURE, ("wspace.trace.capture", "wspace.trace.numbers", "wspace.trace.sandbox")),
     (("lightning", "pytorch_lightning"), ("wspace.lit",)),
 ]
 TORCH_FREE = ("wspace.space", "wspace.trace.solve")

@@ -244,6 +244,9 @@ class WeightSpace:
         capture: ``"abstract"`` (no weight was read) or ``"concrete"`` (control flow depends on
             weights, so the space holds for the branch that the example inputs took).
         wiring: How parameters connect, for the parameter graph; None if it was not derived.
+        example: The positional and keyword inputs that the module was traced with, for what has to
+            run it again; None if the space was read from a file. No part of the description:
+            equality, JSON and pickles leave it out.
     """
 
     params: tuple[Param, ...]
@@ -252,6 +255,12 @@ class WeightSpace:
     capture: str = "abstract"
     wiring: Wiring | None = None
     extra: tuple[Group, ...] = field(default=())
+    example: tuple[tuple[Any, ...], Mapping[str, Any]] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "example": None}
 
     @cached_property
     def groups(self) -> dict[str, Group]:

@@ -81,6 +81,7 @@ def trace(
         capture="concrete" if program.concrete else "abstract",
         extra=naming.extra(),
         wiring=Wiring.later(lambda: wire(program, solver, naming)),
+        example=(args, dict(kwargs or {})),
     )
 
 

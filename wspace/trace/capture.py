@@ -18,10 +18,8 @@ and functional code need no special case.
 # pyright: reportPrivateUsage=false
 # PyTorch's dispatch and module internals have no public names; they are used here only.
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -34,7 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from wspace.errors import TraceError, message
 from wspace.trace.inputs import note_inputs
 from wspace.trace.meta import MetaRunner
-from wspace.trace.program import ACTIVE, CONST, INPUT, PARAM, Call, Program, Value
+from wspace.trace.program import ACTIVE, CONST, INPUT, PARAM, Call, Program, Value, where
 from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
@@ -45,10 +43,10 @@ from wspace.trace.sandbox import (
     without_onednn,
 )
 
+Within = Callable[[Callable[[Tensor], Value]], AbstractContextManager[Any]]
+"""Given what tells the value of a tensor, a context in which the module is run."""
 Watch = Callable[[int, Call, list[Tensor]], None]
 """What is called after each operator of a run on real weights."""
-_TORCH_DIR = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
 _FACTORIES = frozenset(
     """
     zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros
@@ -69,6 +67,7 @@ def capture(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     known: Callable[[str, OpOverload], bool] = lambda name, op: True,
+    within: Within | None = None,
 ) -> Program:
     """Program of one evaluation-mode forward pass of `module`; the module is left as it was.
 
@@ -77,6 +76,7 @@ def capture(
         args: Example positional inputs; real tensors.
         kwargs: Example keyword inputs.
         known: Tells whether an operator has a rule; source lines are kept for the others.
+        within: Makes a context for each run of the module.
 
     Returns:
         The recorded program.
@@ -87,7 +87,7 @@ def capture(
     errors: list[Exception] = []
     for shaped in (False, True):  # fused operators want their inputs where their weights are
         try:
-            return _run(module, args, kwargs, known, shaped=shaped)
+            return _run(module, args, kwargs, known, shaped=shaped, within=within)
         except Exception as error:  # any failure here may be the abstraction's own
             errors.append(error)
     if any(t.is_meta or _is_fake(t) for t in (*module.parameters(), *module.buffers())):
@@ -101,7 +101,7 @@ def capture(
             )
         ) from errors[0]
     try:
-        program = _run(module, args, kwargs, known, abstract=False)
+        program = _run(module, args, kwargs, known, abstract=False, within=within)
     except Exception as error:
         raise TraceError(
             message(
@@ -148,6 +148,7 @@ def _run(
     abstract: bool = True,
     shaped: bool = False,
     watch: Watch | None = None,
+    within: Within | None = None,
 ) -> Program:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
@@ -169,6 +170,8 @@ def _run(
         if not abstract:
             stack.enter_context(_Reads(recorder))
         stack.enter_context(recorder)
+        if within is not None:
+            stack.enter_context(within(recorder.value))
         result = module(*args, **kwargs)
     return recorder.finish(result)
 
@@ -265,7 +268,8 @@ class _Recorder(TorchDispatchMode):
         fresh._wspace = self.program.add_input(Value(fresh, INPUT))  # type: ignore[attr-defined]
         return fresh
 
-    def _value(self, tensor: Tensor) -> Value:
+    def value(self, tensor: Tensor) -> Value:
+        """What a tensor of the run holds."""
         value = self._by_id.get(id(tensor)) or getattr(tensor, "_wspace", None)
         if value is not None:
             tainted = self._tainted and value.kind in (CONST, INPUT)
@@ -299,7 +303,7 @@ class _Recorder(TorchDispatchMode):
         """Meta stand-in of a real tensor: cached for parameters, made on the spot for the rest."""
         if tensor.is_meta and not _is_fake(tensor):
             return tensor
-        value = self._value(tensor)
+        value = self.value(tensor)
         twin = self._twins.get(id(value)) if value.kind == PARAM else None
         if twin is None:
             twin = torch.empty_strided(
@@ -323,7 +327,7 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **kwargs)
         tensors = [x for x in _leaves(args, kwargs) if isinstance(x, Tensor)]
-        values = [self._value(t) for t in tensors]
+        values = [self.value(t) for t in tensors]
         name, inplace = self._describe(func)
         if name in _FACTORIES and name != "lift_fresh":
             return self._factory(func, name, args, kwargs, values)
@@ -338,7 +342,7 @@ class _Recorder(TorchDispatchMode):
             if self.abstract and kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": torch.device(device)}
             out = self._mark(func(*args, **kwargs), kind)
-            made = [self._value(x) for x in tree_leaves(out) if isinstance(x, Tensor)]
+            made = [self.value(x) for x in tree_leaves(out) if isinstance(x, Tensor)]
             note_inputs(self.program, name, values, made, inplace=inplace)
             return out
         has_rule = self.known(name, func)
@@ -360,7 +364,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         if inplace:
             self._overwrite(args[0])
-        recorded = _map(self._value, args), {k: _map(self._value, v) for k, v in kwargs.items()}
+        recorded = _map(self.value, args), {k: _map(self.value, v) for k, v in kwargs.items()}
         ins = [v for v in _leaves(*recorded) if isinstance(v, Value)]
         target = args[0] if inplace else None
         if self.abstract:
@@ -373,7 +377,7 @@ class _Recorder(TorchDispatchMode):
         outs = [self._output(t) for t in made]
         call = Call(func, name, recorded[0], recorded[1], ins, outs, inplace)
         if not has_rule:
-            call.source = _source()
+            call.source = where()
         self.program.calls.append(call)
         if self.watch is not None:
             self.watch(len(self.program.calls) - 1, call, made)
@@ -402,7 +406,7 @@ class _Recorder(TorchDispatchMode):
 
     def _overwrite(self, target: Tensor) -> None:
         """A constant that is written to is no constant: it and its other views are fixed."""
-        value = self._value(target)
+        value = self.value(target)
         self.program.overwritten |= value.inputs
         if value.kind in (CONST, INPUT) and (key := _storage_key(target)) is not None:
             self._keep.append(target)
@@ -413,7 +417,7 @@ class _Recorder(TorchDispatchMode):
         self, func: OpOverload, name: str, args: Any, kwargs: Any, values: list[Value]
     ) -> Any:
         """Float tensors of one repeated value are active and uniform; the rest are constants."""
-        recorded = _map(self._value, args), {k: _map(self._value, v) for k, v in kwargs.items()}
+        recorded = _map(self.value, args), {k: _map(self.value, v) for k, v in kwargs.items()}
         device = kwargs.get("device") or (args[0].device if values else torch.device("cpu"))
         if self.abstract:
             args = _map(_dense, args)
@@ -429,7 +433,7 @@ class _Recorder(TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> None:
         """Records that the module looks at the entries of a tensor, one by one."""
-        value = self._value(tensor)
+        value = self.value(tensor)
         if value.kind in (PARAM, ACTIVE):
             op = torch.ops.aten._local_scalar_dense.default
             self.program.calls.append(Call(op, "_local_scalar_dense", (value,), {}, [value], []))
@@ -439,7 +443,7 @@ class _Recorder(TorchDispatchMode):
     def finish(self, result: Any) -> Program:
         """The program, once the module has returned `result`."""
         for leaf in tensors_in(result):
-            value = self._value(leaf)
+            value = self.value(leaf)
             if value.kind in (PARAM, ACTIVE):
                 self.program.outputs.append(value)
         return self.program
@@ -486,14 +490,3 @@ def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Any]:
             yield from x
         else:
             yield x
-
-
-def _source() -> str:
-    """``file:line in function`` of the innermost frame that is neither torch's nor ours."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((_TORCH_DIR, _HERE)) and not file.startswith("<"):
-            return f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_qualname}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""

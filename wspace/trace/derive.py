@@ -368,6 +368,22 @@ class Naming:
                 factors.append(g)
         return Axis(tuple(factors))
 
+    def extent(self, axis: Atoms) -> Axis | None:
+        """What a dimension of any value is made of, in terms of named groups.
+
+        Args:
+            axis: Atoms of the dimension.
+
+        Returns:
+            The axis, fixed where no parameter shows the units; None if it holds a part of what is
+            one group in the space.
+        """
+        tree = _rename(self.tree(axis), self._alias)
+        halves = list(self._merged)
+        for a, b in zip(halves[::2], halves[1::2], strict=True):
+            tree = _replace_pair(tree, a, b, self._merged[a])
+        return None if any(a in self._merged for a in atoms_of(tree)) else self.axis(tree)
+
 
 def _plain_fixed(factor: Group | Concat | None) -> bool:
     return isinstance(factor, Group) and factor.fixed and "#" not in factor.name

@@ -1,10 +1,17 @@
 """The record of a run: values, and the calls between them. Made by `capture`, read by the rest."""
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+_TORCH_DIR = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
 
 PARAM, ACTIVE, INPUT, CONST = "param", "active", "input", "const"
 
@@ -97,3 +104,14 @@ class Program:
         value.inputs, value.whole = frozenset((len(self.inputs),)), True
         self.inputs.append(value)
         return value
+
+
+def where() -> str:
+    """``file:line in function`` of the innermost frame that is neither torch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH_DIR, _HERE)) and not file.startswith("<"):
+            return f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return ""

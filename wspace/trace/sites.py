@@ -269,7 +269,7 @@ class _Search:
 
     def __init__(self, space: WeightSpace, naming: Naming, params: Iterable[Param]) -> None:
         self.space, self.naming, self.s = space, naming, naming.s
-        self.names = _correspondence(space, params)
+        self.names = correspondence(space, params)
 
     def _group(self, atom: int) -> str | None:
         """Name, in the space, of the group that an atom belongs to."""
@@ -376,7 +376,7 @@ def _piece(s: Solver, atom: int, k: int) -> tuple[int, ...]:
 # ------------------------------------------------------------- two runs of one module
 
 
-def _correspondence(space: WeightSpace, params: Iterable[Param]) -> dict[str, str]:
+def correspondence(space: WeightSpace, params: Iterable[Param]) -> dict[str, str]:
     """Group of a run → group of the space that stands in the same places of the parameters."""
     pairs: dict[str, set[str]] = {}
     for p in params:
