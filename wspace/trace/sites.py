@@ -136,11 +136,11 @@ def find_sites(
         The sites; none for what does not depend on the inputs.
     """
     search = _Search(space, naming, params)
-    labels = _Labels(program)
+    labels = Labels(program)
     found: list[Site] = []
     branches: dict[tuple[str, int], dict[int, list[tuple[Site, tuple[int, ...]]]]] = {}
     depends: set[int] = set()
-    inside = _Branches(program, naming, search.names)
+    inside = Branches(program, naming, search.names)
     for i, call in enumerate(program.calls):
         if not any(v.kind == INPUT or id(v) in depends for v in call.ins):
             continue
@@ -196,7 +196,7 @@ def _kind(call: Call, depends: set[int]) -> str:
     return NONLINEARITY if product or call.name not in _LINEAR else COMPUTED
 
 
-class _Branches:
+class Branches:
     """Which branches of families a value comes from, where it does not come from all of them."""
 
     def __init__(self, program: Program, naming: Naming, names: Mapping[str, str]) -> None:
@@ -222,7 +222,7 @@ class _Branches:
         return {(self.names.get(n, n), k) for n, k in found if count[n] < self.sizes[n]}
 
 
-class _Labels:
+class Labels:
     """Names of values for reading: the last parameter on the way to them."""
 
     def __init__(self, program: Program) -> None:
