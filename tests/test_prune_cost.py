@@ -343,15 +343,6 @@ def test_counted_groups_of_networks(name: str, groups: set[str]) -> None:
     assert all(labels for labels in found.counted.values())
 
 
-def test_top_k_asks_for_its_units() -> None:
-    module, args, kwargs = build("moe_top2")
-    space = wspace.trace(module, args, kwargs)
-    found = survey(space, module, args, kwargs)
-    (experts,) = found.least
-    assert found.least[experts] == 2
-    assert space["gate.weight"].axes[0].factors[0].name == experts
-
-
 # ------------------------------------------------------------------------------- latency
 
 

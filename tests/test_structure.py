@@ -88,7 +88,15 @@ CAPTURE = (
     "torch._dynamo",
 )
 ONLY = [
-    (CAPTURE, ("wspace.trace.capture", "wspace.trace.numbers", "wspace.trace.sandbox")),
+    (
+        CAPTURE,
+        (
+            "wspace.trace.capture",
+            "wspace.trace.numbers",
+            "wspace.trace.sandbox",
+            "wspace.trace.work",
+        ),
+    ),
     (("lightning", "pytorch_lightning"), ("wspace.lit",)),
 ]
 TORCH_FREE = ("wspace.space", "wspace.trace.solve")

@@ -132,8 +132,7 @@ def select(
             sizes. A set with a group that may not lose units stays whole.
         cost: What to count a budget in parameters or FLOPs with; parameters are counted from the
             space when None.
-        least: Group → units that have to stay; what the survey of `cost` says (those that a top-k
-            asks for) when None.
+        least: Group → units that have to stay, such as those that a top-k asks for.
 
     Returns:
         Group → bool ``(*sizes of over, size)``, true for units that stay, for every prunable group.
@@ -155,9 +154,7 @@ def select(
         Fang et al. (2023), DepGraph: Towards Any Structural Pruning, section 3.4 (scores of a group
         are divided by their mean). arXiv:2301.12900
     """
-    if least is None:
-        least = cost.survey.least if cost is not None and cost.survey is not None else {}
-    bundles = _bundles(space, selection, equal, least)
+    bundles = _bundles(space, selection, equal, least or {})
     _check_scores(space, scores, [g for b in bundles for g in b.groups])
     taken = torch.tensor([b.level_at(b.ratio or 0.0) for b in bundles], dtype=torch.long)
     if selection.amount is not None:

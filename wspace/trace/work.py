@@ -2,8 +2,8 @@
 
 From one captured program: the multiply-accumulates of every contraction as a polynomial in the
 sizes of groups, so that they are known for any sizes without running anything (`Survey.works`);
-the groups whose units some operator counts, so that a unit of zeros is not the same as no unit
-(`Survey.counted`); and how many units an operator asks for at least (`Survey.least`).
+and the groups whose units some operator counts, so that a unit of zeros is not the same as no unit
+(`Survey.counted`).
 
 Decided from the axes that an operator sums, sorts or averages over, never from names of modules.
 """
@@ -69,12 +69,10 @@ class Survey:
         works: One record for every contraction, in the order of the run.
         counted: Group → operators that count its units: statistics of norms, softmax, mean,
             maximum, sorting, product, and the root of the width by which attention is divided.
-        least: Group → how many units an operator asks for at least (the ``k`` of a top-k).
     """
 
     works: tuple[Work, ...] = ()
     counted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    least: Mapping[str, int] = field(default_factory=dict)
 
 
 def survey(
@@ -314,7 +312,6 @@ class _Surveyor:
         ragged: set[int] = set()
         raw: list[_Raw] = []
         counted: dict[str, dict[str, None]] = {}
-        least: dict[str, int] = {}
         live = _live(self.program)
         for call in self.program.calls:
             partly = frozenset(branches.of(call))
@@ -329,15 +326,12 @@ class _Surveyor:
             if counting is not None and id(call) in live:
                 for name in self._groups(counting(self.s, bound, call)):
                     counted.setdefault(name, {})[labels.of(call)] = None
-            if call.name == "topk":
-                for name in self._alone(_along(bound, call)):
-                    least[name] = max(least.get(name, 1), bound["k"])
         for value, dim, heads in roots:
             if value.axes is not None:
                 for name in self._width(value.axes[dim], heads):
                     counted.setdefault(name, {})["attention over the root of its width"] = None
         order = {g: tuple(counted[g]) for g in self.space.groups if g in counted}
-        return Survey(tuple(self._works(raw, labels)), order, least)
+        return Survey(tuple(self._works(raw, labels)), order)
 
     def _works(self, raw: Sequence[_Raw], labels: Labels) -> Iterator[Work]:
         """Work in one branch of a family is there as often as the family has branches."""
@@ -372,11 +366,6 @@ class _Surveyor:
         while tree and isinstance(tree[0], list):
             tree = tree[0][0]
         return self._groups([_inner(self.s, tuple(atoms_of(tree)), heads)])
-
-    def _alone(self, axes: Iterable[Axis]) -> list[str]:
-        """Free groups that are a whole axis."""
-        found = [(self._groups([axis]), self.s.size(axis)) for axis in axes]
-        return [g[0] for g, n in found if len(g) == 1 and self.space.groups[g[0]].size == n]
 
     def _size(self, axes: Iterable[Axis]) -> Polynomial:
         """Product of the sizes of axes, in terms of the sizes of free groups."""
