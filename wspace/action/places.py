@@ -62,6 +62,45 @@ def _kept(keep: Mapping[str, Tensor], axis: Axis, env: Env, contexts: int) -> Te
     return out.expand(contexts, *(f.size for f in axis.factors)).reshape(contexts, axis.size)
 
 
+def axis_taken(
+    units: Mapping[str, Tensor], small: Axis, large: Axis, at: tuple[str, int] | None
+) -> Tensor:
+    """Positions along an axis of the entries that are left, in the order of the smaller axis.
+
+    Args:
+        units: Group → the unit that each one left is, ``(*sizes of over left, units left)``, int64;
+            groups that are absent keep all.
+        small: The axis with the sizes that are left.
+        large: The axis as it was.
+        at: Of the parameter: the group of its family, and the place in it that is left.
+
+    Returns:
+        int64, ``(small.size,)``.
+    """
+    env, contexts = _around(at, None)
+    return _taken(units, small, large, env, contexts).flatten()
+
+
+def _taken(
+    units: Mapping[str, Tensor], small: Axis, large: Axis, env: Env, contexts: int
+) -> Tensor:
+    """Positions in `large` for every context: ``(contexts, small.size)``."""
+    source = torch.zeros(1, dtype=torch.int64)
+    for (f, outer, place), whole in zip(_grid(small, env, contexts), large.factors, strict=True):
+        if isinstance(f, Concat) and isinstance(whole, Concat):
+            inner, start = [], 0
+            for part, long in zip(f.parts, whole.parts, strict=True):
+                inner.append(start + _taken(units, part, long, *outer))
+                start += long.size
+            step = place(torch.cat(inner, 1))
+        elif isinstance(f, Group) and f.name in units:
+            step = place(_read(units[f.name], f, *outer))
+        else:
+            step = place(torch.arange(f.size)[None])
+        source = source * whole.size + step
+    return source.expand(contexts, *(f.size for f in small.factors)).reshape(contexts, small.size)
+
+
 def _around(at: tuple[str, int] | None, rows: int | None) -> tuple[Env, int]:
     """The environment of a whole axis, and the number of contexts: one, or one for each row."""
     env = {at[0]: torch.tensor([at[1]])} if at else {}

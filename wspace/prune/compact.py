@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from wspace.action import along_axis, shape_of
 from wspace.errors import PruneError, message
 from wspace.prune.restriction import Restriction
+from wspace.space import Param, WeightSpace
 from wspace.trace.numbers import Attribute
 from wspace.trace.sandbox import persistent_float_buffers
+
+Slot = tuple[int, str, int, int]
+"""Where a scaling enters a tensor: dimension, group, occurrence, exponent."""
 
 
 def compact(
@@ -82,7 +86,7 @@ def _like(x: Tensor, cut: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- factors
 
 
-def scaled_side(restriction: Restriction, group: str) -> dict[str, list[tuple[int, int, int]]]:
+def scaled_side(restriction: Restriction, group: str) -> dict[str, list[Slot]]:
     """Where one side of the scaling of a group enters the tensors of the small space.
 
     A scaling multiplies what goes into the units by a factor and divides what comes out of them.
@@ -93,15 +97,37 @@ def scaled_side(restriction: Restriction, group: str) -> dict[str, list[tuple[in
         group: Name of the group.
 
     Returns:
-        Parameter → dimension, occurrence and exponent; empty if nothing scales the group.
+        Parameter → dimension, group, occurrence and exponent. The scaling may be of a group around
+        it (one factor per attention head). Where none is known, the first tensor of the group and
+        its bias: whether that is a side is for the caller to try.
     """
-    sides: dict[str, list[tuple[int, int, int]]] = {}
-    for gauge in restriction.small.gauges:
-        if gauge.kind == "scale" and gauge.group == group:
-            for name, d, occurrence, exponent in gauge.slots:
-                if exponent > 0:
-                    sides.setdefault(name, []).append((d, occurrence, exponent))
-    return sides
+    small = restriction.small
+    scales = [g for g in small.gauges if g.kind == "scale" and g.slots]
+    own = [g for g in scales if g.group == group]
+    around = [g for g in scales if all(_holds(small[slot[0]], group) for slot in g.slots)]
+    sides: dict[str, list[Slot]] = {}
+    for gauge in (own or around)[:1]:
+        for name, d, occurrence, exponent in gauge.slots:
+            if exponent > 0:
+                sides.setdefault(name, []).append((d, gauge.group, occurrence, exponent))
+    return sides or _first_side(small, group)
+
+
+def _first_side(small: WeightSpace, group: str) -> dict[str, list[Slot]]:
+    """The first tensor of a group and those beside it: one side, if no scaling is known."""
+    holders = [p for p in small.params if not p.buffer and _holds(p, group)]
+    home = holders[0].name.rpartition(".")[0] if holders else ""
+    return {
+        p.name: [(d, group, 0, 1)]
+        for p in holders
+        if p.name.rpartition(".")[0] == home
+        for d, axis in enumerate(p.axes)
+        if group in (g.name for g in axis.groups())
+    }
+
+
+def _holds(p: Param, group: str) -> bool:
+    return any(g.name == group for axis in p.axes for g in axis.groups())
 
 
 def _scaled(
@@ -109,13 +135,13 @@ def _scaled(
 ) -> dict[str, Tensor]:
     small = restriction.small
     for group, factor in factors.items():
-        shape = shape_of(small.all_groups[group], small)
-        values = torch.full(shape, factor, dtype=torch.float64)
         for name, slots in scaled_side(restriction, group).items():
             p = small[name]
             x = state[name]
-            for d, occurrence, exponent in slots:
-                along = along_axis(p, d, group, occurrence, values**exponent, 1.0)
+            for d, around, occurrence, exponent in slots:
+                shape = shape_of(small.all_groups[around], small)
+                values = torch.full(shape, factor**exponent, dtype=torch.float64)
+                along = along_axis(p, d, around, occurrence, values, 1.0)
                 x = x * along.reshape([-1 if i == d else 1 for i in range(x.dim())]).to(x)
             for tie in (p.name, *p.ties):
                 state[tie] = x

@@ -47,7 +47,7 @@ class Mask:
         self._handles: list[RemovableHandle] = []
         for p in restriction.touched:
             x = params[p.name]
-            gone = (~restriction.kept(p)).to(x.device)
+            gone = restriction.zeroed(p).to(x.device)
             self._gone[p.name] = (x, gone, x.detach()[gone].clone())
         self.again()
 

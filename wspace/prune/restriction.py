@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wspace.action import State, shape_of
-from wspace.action.places import axis_kept
+from wspace.action.places import axis_kept, axis_taken
 from wspace.errors import PruneError, message
 from wspace.space import Axis, Concat, Gauge, Group, Param, WeightSpace
 
@@ -123,15 +123,17 @@ class Restriction:
         """  # noqa: DOC502 (validate raises)
         self.small.validate(state)
         out = {name: x for name, x in state.items() if name not in self.small.by_name}
-        like = next((state[p.name] for p in self.small.params), torch.zeros(()))
-        first = self.small.params[0] if self.small.params else None
-        batch = like.shape[: like.dim() - len(first.axes)] if first else ()
+        like, lead = torch.zeros(()), ()
+        for p in self.small.params[:1]:
+            like = state[p.name]
+            lead = like.shape[: like.dim() - len(p.axes)]
         for p in self.large.params:
-            x = torch.zeros((*batch, *p.shape), dtype=like.dtype, device=like.device)
+            x = torch.zeros((*lead, *p.shape), dtype=like.dtype, device=like.device)
             if p.name in self.names:
                 small = state[self.names[p.name]]
-                x = torch.zeros((*batch, *p.shape), dtype=small.dtype, device=small.device)
-                x[..., self.kept(p).to(x.device)] = small.reshape(*batch, -1)
+                x = torch.zeros((*lead, p.numel), dtype=small.dtype, device=small.device)
+                x[..., self.entries(p).to(x.device)] = small.reshape(*lead, -1)
+                x = x.reshape(*lead, *p.shape)
             for name in (p.name, *p.ties):
                 out[name] = x
         return out
@@ -152,8 +154,7 @@ class Restriction:
         self.large.validate(state)
         out = dict(state)
         for p in self.touched:
-            x = state[p.name]
-            x = torch.where(self.kept(p).to(x.device), x, torch.zeros((), dtype=x.dtype))
+            x = state[p.name].masked_fill(self.zeroed(p).to(state[p.name].device), 0)
             for name in (p.name, *p.ties):
                 if name in state:
                     out[name] = x
@@ -165,25 +166,70 @@ class Restriction:
         return tuple(
             p
             for p in self.large.params
-            if not p.buffer and (p.name not in self.names or self.small_shape(p) != p.shape)
+            if not p.buffer
+            and (p.name not in self.names or self.small[self.names[p.name]].shape != p.shape)
         )
-
-    def small_shape(self, p: Param) -> tuple[int, ...]:
-        """Sizes that a parameter of the large space has in the small one."""
-        return self.small[self.names[p.name]].shape
 
     def kept(self, p: Param) -> Tensor:
         """Which entries of a parameter of the large space stay: bool, of its shape."""
+        return self._lines(p, self.keep)
+
+    def zeroed(self, p: Param) -> Tensor:
+        """Which entries of a parameter are zero when the units that go are switched off: bool.
+
+        All of a unit's entries, but for directions of a weight that is normalised (`weight_norm`):
+        their length means nothing, and none would be no direction.
+
+        Args:
+            p: Parameter of the large space.
+
+        Returns:
+            True for entries to set to zero, of the parameter's shape.
+        """
+        idle = _idle(self.large)
+        gone = {g: m for g, m in self.keep.items() if (p.name, g) not in idle}
+        return ~self._lines(p, gone) if p.name in self.names else ~self.kept(p)
+
+    def _lines(self, p: Param, keep: Keep) -> Tensor:
         if p.name not in self.names:
             return torch.zeros(p.shape, dtype=torch.bool)
         if not p.local:
             whole = Axis(tuple(f for axis in p.axes for f in axis.factors))
-            return axis_kept(self.keep, whole, p.at).reshape(p.shape)
+            return axis_kept(keep, whole, p.at).reshape(p.shape)
         out = torch.ones((), dtype=torch.bool)
         for d, axis in enumerate(p.axes):
-            lines = axis_kept(self.keep, axis, p.at)
+            lines = axis_kept(keep, axis, p.at)
             out = out & lines.reshape([-1 if i == d else 1 for i in range(len(p.axes))])
         return out.expand(p.shape)
+
+    @cached_property
+    def units(self) -> dict[str, Tensor]:
+        """The unit that each one left is: group → ``(*sizes of over left, units left)``, int64."""
+        found: dict[str, Tensor] = {}
+        groups = self.large.all_groups
+        for name in sorted(self.keep, key=lambda n: len(groups[n].over)):
+            g, small = groups[name], self.small.all_groups[name]
+            order = (~self.keep[name]).long().argsort(dim=-1, stable=True)
+            sizes = [self.small.all_groups[o].size for o in g.over]
+            index = torch.meshgrid(*map(torch.arange, (*sizes, small.size)), indexing="ij")
+            at = dict(zip((*g.over, name), index, strict=True))
+            outer = [
+                found[o][tuple(at[q] for q in (*groups[o].over, o))] if o in found else at[o]
+                for o in g.over
+            ]
+            found[name] = order[(*outer, at[name])]
+        return found
+
+    def entries(self, p: Param) -> Tensor:
+        """Places of what is left of a parameter, in the order of the small one: int64, flat."""
+        q = self.small[self.names[p.name]]
+        if not p.local:
+            small, large = (Axis(tuple(f for a in r.axes for f in a.factors)) for r in (q, p))
+            return axis_taken(self.units, small, large, q.at)
+        out = torch.zeros((), dtype=torch.int64)
+        for small, large in zip(q.axes, p.axes, strict=True):
+            out = out[..., None] * large.size + axis_taken(self.units, small, large, q.at)
+        return out.flatten()
 
     def cut(self, p: Param, x: Tensor) -> Tensor:
         """What is left of one tensor; the tensor itself if nothing goes.
@@ -195,17 +241,17 @@ class Restriction:
         Returns:
             ``(*batch, *shape in the small space)``.
         """
-        shape = self.small_shape(p)
-        if shape == p.shape:
+        q = self.small[self.names[p.name]]
+        if q.shape == p.shape:
             return x
         lead = x.dim() - len(p.axes)
         if not p.local:
-            entries = self.kept(p).flatten().nonzero().flatten().to(x.device)
             flat = x.reshape(*x.shape[:lead], p.numel)
-            return flat.index_select(lead, entries).reshape(*x.shape[:lead], *shape)
-        for d, axis in sorted(enumerate(p.axes), key=lambda item: -item[1].size):
-            if shape[d] != p.shape[d]:
-                lines = axis_kept(self.keep, axis, p.at).nonzero().flatten()
+            entries = self.entries(p).to(x.device)
+            return flat.index_select(lead, entries).reshape(*x.shape[:lead], *q.shape)
+        for d in sorted(range(len(p.axes)), key=lambda d: q.shape[d] - p.shape[d]):
+            if q.shape[d] != p.shape[d]:
+                lines = axis_taken(self.units, q.axes[d], p.axes[d], q.at)
                 x = x.index_select(lead + d, lines.to(x.device))
         return x
 
@@ -275,6 +321,15 @@ def _uneven(space: WeightSpace, g: Group, keep: dict[str, Tensor]) -> str:
     if least != most:
         return f"{g.name!r} with {least} units in one context and {most} in another"
     return "" if least else f"{g.name!r} with none of its {g.size} units"
+
+
+def _idle(space: WeightSpace) -> set[tuple[str, str]]:
+    """Parameters and groups along which their scale alone means nothing."""
+    return {
+        (gauge.slots[0][0], gauge.group)
+        for gauge in space.gauges
+        if gauge.kind == "scale" and len({slot[0] for slot in gauge.slots}) == 1
+    }
 
 
 # ------------------------------------------------------------------- the small space

@@ -1,0 +1,421 @@
+"""Pruning: from a module, its weight space and what to keep, to a smaller module that runs."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from itertools import product
+from typing import Any, Literal, TypedDict, Unpack, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from wspace.action import shape_of
+from wspace.errors import PruneError, message
+from wspace.prune.compact import compact
+from wspace.prune.config import config_ties, from_config, has_config
+from wspace.prune.cost import Cost
+from wspace.prune.importance import Importance, importance_of
+from wspace.prune.restriction import Keep, Restriction, prunable
+from wspace.prune.select import Selection, select
+from wspace.restore import drawn_again
+from wspace.space import WeightSpace
+from wspace.trace.sandbox import (
+    attributes_restored,
+    dense_experts,
+    evaluation_mode,
+    tensors_in,
+)
+from wspace.trace.sizes import Sizes, find_sizes
+
+log = logging.getLogger(__name__)
+Rebuild = Literal["auto", "config", "copy"]
+"""How the small module is made: from a smaller config, or as a copy with its attributes changed."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Largest relative difference between the small module and the masked one, by dtype."""
+LOW = 5e-2
+ROOT = "attention over the root of its width"
+POWERS = (0.5, -0.5, 1.0, -1.0)
+"""Powers of a size by which a module may scale what it computes from the units."""
+
+
+class Inputs(TypedDict, total=False):
+    """Example inputs, for a space that has none."""
+
+    args: tuple[Any, ...] | Tensor
+    kwargs: Mapping[str, Any]
+
+
+class Options(Inputs, total=False):
+    """Keyword options of `prune`: those of `Selection`, and how the module is run and rebuilt."""
+
+    of: Literal["units", "parameters", "flops"]
+    scope: Literal["global", "group"]
+    ratios: Mapping[str, float]
+    round_to: int | Mapping[str, int]
+    at_most: float
+    ignore: Sequence[str]
+    groups: Sequence[str] | None
+    normalize: str
+    rebuild: Rebuild
+    check: bool
+
+
+def prune(
+    module: nn.Module,
+    space: WeightSpace,
+    keep: Keep | Restriction | float | None = None,
+    *,
+    amount: float | None = None,
+    importance: Importance | str = "magnitude",
+    **options: Unpack[Options],
+) -> nn.Module:
+    """A smaller module: some units of every group are kept, the others are gone.
+
+    Exactly one of `keep` and `amount` says what stays. Units are whatever the trace found to be
+    interchangeable: channels, neurons, attention heads, dimensions of heads, experts, dimensions of
+    the residual stream. The module is not changed.
+
+    Args:
+        module: Module of the space, with real weights.
+        space: Its weight space.
+        keep: Group → bool ``(*sizes of over, size)``, true for units that stay; absent groups keep
+            all. A number is an `amount`.
+        amount: Share to take away, in (0, 1): of the units, or of what `of` says.
+        importance: Says which units to keep: a name (``"magnitude"``, ``"bn_scale"``, ``"lamp"``,
+            ``"fpgm"``, ``"random"`` …) or an object, see `importance_of`.
+        **options: ``of`` (``"units"``, ``"parameters"``, ``"flops"``), ``scope`` (``"global"`` or
+            ``"group"``), ``ratios``, ``round_to``, ``at_most``, ``ignore``, ``groups``: see
+            `Selection`. ``args``, ``kwargs``: example inputs, where the space was read from a file
+            and has none. ``rebuild``: ``"config"`` for a Hugging Face model made anew from a
+            smaller config, ``"copy"`` for a copy with its attributes corrected; ``"auto"`` takes
+            the first for models that have a config which can say it. ``check``: whether the result
+            is compared with the masked module on the example inputs (default true).
+
+    Returns:
+        A module that runs, trains and exports as any other; of the mode, dtype and device of the
+        given one.
+
+    Raises:
+        PruneError: If the masks do not fit the space, nothing would be left of a group, the budget
+            cannot be reached, or the module's code does not allow the sizes. The module is
+            untouched.
+        SpaceMismatch: If the module is not of this space.
+
+    Example:
+        >>> import torch, wspace
+        >>> mlp = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> space = wspace.trace(mlp, torch.zeros(1, 3))
+        >>> prune(mlp, space, {"h1": torch.arange(8) < 5})[0]
+        Linear(in_features=3, out_features=5, bias=True)
+        >>> prune(mlp, space, amount=0.5, importance="magnitude")[0].out_features
+        4
+    """
+    if isinstance(keep, float | int):
+        keep, amount = None, float(keep) if amount is None else amount
+    if (keep is None) == (amount is None):
+        raise PruneError(
+            message(
+                "prune: what to keep is not clear",
+                expected="either `keep`, masks by group, or `amount`, a share",
+                got="both" if amount is not None else "neither",
+            )
+        )
+    given = cast(dict[str, Any], options)
+    if unknown := [name for name in given if name not in Options.__annotations__]:
+        raise PruneError(
+            message(
+                f"prune: no option {', '.join(map(repr, unknown))}",
+                expected=f"options among {', '.join(Options.__annotations__)}",
+            )
+        )
+    pruner = Pruner(
+        module,
+        space,
+        given.pop("args", None),
+        given.pop("kwargs", None),
+        rebuild=given.pop("rebuild", "auto"),
+    )
+    check = given.pop("check", True)
+    if keep is None:
+        keep = pruner.choose(importance, Selection(amount=amount, **given))
+    return pruner.prune(keep, check=check)
+
+
+class Pruner:
+    """What is known of a module for pruning it: once for many prunings.
+
+    Args:
+        module: Module of the space, with real weights.
+        space: Its weight space.
+        args: Example inputs; those of the trace when None.
+        kwargs: Example keyword inputs.
+        rebuild: See `prune`.
+
+    Raises:
+        PruneError: If there are no example inputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        space: WeightSpace,
+        args: tuple[Any, ...] | Tensor | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        rebuild: Rebuild = "auto",
+    ) -> None:
+        if args is None and kwargs is None:
+            if space.example is None:
+                raise PruneError(
+                    message(
+                        "prune: no example inputs",
+                        expected="inputs to run the module with: a space that was read from a "
+                        "file has none",
+                        help="pass args=(…,) or kwargs={…}, or trace the module",
+                    )
+                )
+            args, kwargs = space.example
+        self.module, self.space, self.rebuild = module, space, rebuild
+        self.args = (args,) if isinstance(args, Tensor) else tuple(args or ())
+        self.kwargs = dict(kwargs or {})
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Numbers in the module's code that depend on the sizes of groups."""
+        return find_sizes(self.space, self.module, self.args, self.kwargs)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Parameters and multiply-accumulates as functions of what is kept."""
+        return Cost.measured(self.module, self.space, self.args, self.kwargs)
+
+    @cached_property
+    def by_config(self) -> bool:
+        """Whether small modules are made from a smaller config, where it can say them."""
+        return self.rebuild == "config" or (self.rebuild == "auto" and has_config(self.module))
+
+    @cached_property
+    def ties(self) -> list[list[str]]:
+        """Sets of groups that must keep as many units as each other."""
+        return self.sizes.ties() + (config_ties(self.module, self.space) if self.by_config else [])
+
+    @property
+    def pinned(self) -> Mapping[str, str]:
+        """Groups that cannot lose units, and why: the code (or the config) fixes their size."""
+        return {g: why for g, why in self.sizes.pinned.items() if g in prunable(self.space)}
+
+    def choose(
+        self, importance: Importance | str = "magnitude", selection: Selection | None = None
+    ) -> Restriction:
+        """What to keep, by importance.
+
+        Groups whose size the code fixes stay whole, and groups that it ties keep equal counts.
+
+        Args:
+            importance: Which units matter: a name or an object.
+            selection: How much goes, and from where; half of the units when None.
+
+        Returns:
+            What is kept.
+
+        Raises:
+            PruneError: If the options make no sense or the budget cannot be reached.
+        """  # noqa: DOC502 (select raises)
+        selection = selection or Selection(amount=0.5)
+        scores = importance_of(importance)(self.module, self.space)
+        pinned = list(self.pinned)
+        return self.restrict(scores, replace(selection, ignore=(*selection.ignore, *pinned)))
+
+    def restrict(self, scores: Mapping[str, Tensor], selection: Selection) -> Restriction:
+        """What to keep, by scores that are there already; see `choose`."""
+        keep = select(
+            self.space,
+            scores,
+            selection,
+            equal=self.ties,
+            cost=self.cost if selection.of == "flops" else None,
+            least=self.sizes.least,
+        )
+        return Restriction(self.space, keep)
+
+    # ------------------------------------------------------------------ the small module
+
+    def prune(self, keep: Keep | Restriction, *, check: bool = True) -> nn.Module:
+        """The small module.
+
+        Args:
+            keep: Masks by group, or a restriction of the space.
+            check: Whether it is run beside the masked module on the example inputs.
+
+        Returns:
+            A new module.
+
+        Raises:
+            PruneError: If the masks do not fit, the code does not allow the sizes, or the small
+                module does not compute what it should.
+        """
+        few = keep if isinstance(keep, Restriction) else Restriction(self.space, keep)
+        small = self._made(few)
+        if check and not any(x.is_meta for x in self.module.parameters()):
+            self._compare(few, small)
+        return small
+
+    def _made(self, few: Restriction) -> nn.Module:
+        if self.by_config:
+            try:
+                return from_config(self.module, few)
+            except PruneError as error:
+                if self.rebuild == "config":
+                    raise
+                log.warning(
+                    "prune: the config of %s cannot say these sizes, so the module is copied and "
+                    "`from_pretrained` will not load it (`wspace.prune.load` will): %s",
+                    type(self.module).__name__,
+                    str(error).replace("\n", " "),
+                )
+        return compact(self.module, few, self.sizes.solve(few.small), self._factors(few))
+
+    def counted(self, few: Restriction) -> dict[str, tuple[str, ...]]:
+        """Groups that lose units although operators count them.
+
+        For them a unit of zeros is not the same as no unit: LayerNorm takes the mean over fewer.
+        The root of the head dimension in attention counts too, unless a factor undoes it.
+
+        Args:
+            few: What is kept.
+
+        Returns:
+            Group → the operators.
+        """
+        survey = self.cost.survey
+        found = dict(survey.counted) if survey else {}
+        for g, source in self.sizes.scaled.items():
+            if self._remedies[source] is not None:
+                found[g] = tuple(op for op in found.get(g, ()) if op != ROOT)
+            else:
+                found[g] = (*found.get(g, ()), source)
+        return {g: found[g] for g in few.keep if found.get(g)}
+
+    def _compare(self, few: Restriction, small: nn.Module) -> float:
+        """Relative difference between the small module and the masked one."""
+        found = self._runs(small)
+        gap = _gap(self._run(self.module, few), found)
+        dtype = next((x.dtype for x in self.module.parameters()), torch.float32)
+        if gap > TOLERANCE.get(dtype, LOW) and not self.counted(few):
+            raise PruneError(
+                message(
+                    f"prune: the small {type(small).__name__} is not the masked one",
+                    expected="the same outputs, since nothing counts the units that went",
+                    got=f"a relative difference of {gap:.1e}",
+                    help="its code uses a size in a way that was not seen; ignore the groups "
+                    "involved, and report this",
+                )
+            )
+        return gap
+
+    def _runs(self, small: nn.Module) -> list[Tensor]:
+        """Outputs of a small module; its code may refuse the sizes in any way it likes."""
+        try:
+            return self._run(small)
+        except Exception as error:
+            raise PruneError(
+                message(
+                    f"prune: the small {type(small).__name__} does not run",
+                    expected="a module that runs on the example inputs",
+                    got=f"{type(error).__name__}: {error}",
+                    help="its code allows other sizes only: try round_to=2, 4 or 8, or ignore the "
+                    "groups involved",
+                )
+            ) from error
+
+    def _run(self, module: nn.Module, masked: Restriction | None = None) -> list[Tensor]:
+        params: dict[str, Tensor] = {}
+        if masked is not None:
+            known = dict(module.named_parameters(remove_duplicate=False))
+            params = {
+                p.name: known[p.name].masked_fill(masked.zeroed(p).to(known[p.name].device), 0)
+                for p in masked.touched
+            }
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluation_mode(module))
+            stack.enter_context(attributes_restored(module))
+            stack.enter_context(drawn_again(module))
+            stack.enter_context(dense_experts(module))
+            torch.manual_seed(0)
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
+            out = (
+                functional_call(module, params, args, kwargs) if params else module(*args, **kwargs)
+            )
+            return [t.detach() for t in tensors_in(out)]
+
+    # ------------------------------------------------------------------- factors of sizes
+
+    def _factors(self, few: Restriction) -> dict[str, float]:
+        """Factors that undo what the code makes of a size: attention divides by its root."""
+        found: dict[str, float] = {}
+        for g in few.keep:
+            remedy = self._remedies.get(self.sizes.scaled.get(g, ""))
+            if remedy and self._tied.get(g, [g]).index(g) == remedy[0]:
+                found[g] = (few.counts()[g] / self.space.groups[g].size) ** remedy[1]
+        return found
+
+    @cached_property
+    def _tied(self) -> dict[str, list[str]]:
+        return {g: tie for tie in self.sizes.ties() for g in tie}
+
+    @cached_property
+    def _remedies(self) -> dict[str, tuple[int, float] | None]:
+        """What undoes a place of the code that makes a factor of a size, found by trying.
+
+        Half of the units are taken from a group scaled there, and from those tied to it. The result
+        is the place of the group among these whose one side is multiplied, and by which power of
+        the share that is left; None where nothing does.
+        """
+        sources = list(dict.fromkeys(self.sizes.scaled.values()))
+        best: dict[str, tuple[int, float] | None] = dict.fromkeys(sources)
+        if any(x.is_meta for x in self.module.parameters()):
+            return best
+        dtype = next((x.dtype for x in self.module.parameters()), torch.float32)
+        for source in sources:
+            trial = self._trial(source)
+            if trial is None:
+                continue
+            wanted = self._run(self.module, trial)
+            attributes = self.sizes.solve(trial.small)
+            names = [g for g in trial.keep if self.sizes.scaled.get(g) == source]
+            tie = self._tied.get(names[0], names)
+            for name, power in [(names[0], 0.0), *product(names, POWERS)]:
+                share = trial.counts()[name] / self.space.groups[name].size
+                small = compact(self.module, trial, attributes, {name: share**power})
+                if _gap(wanted, self._runs(small)) <= TOLERANCE.get(dtype, LOW):
+                    best[source] = (tie.index(name), power)
+                    break
+        return best
+
+    def _trial(self, source: str) -> Restriction | None:
+        """Half of the units of one group that is scaled there, and of those tied to it."""
+        free = prunable(self.space)
+        for name in (g for g, place in self.sizes.scaled.items() if place == source):
+            tied = self._tied.get(name, [name])
+            if all(g in free and g not in self.sizes.pinned for g in tied):
+                least = max(self.sizes.least.get(g, 1) for g in tied)
+                half = torch.arange(free[name].size) < max(free[name].size // 2, least)
+                return Restriction(
+                    self.space, {g: half.expand(shape_of(free[g], self.space)) for g in tied}
+                )
+        return None
+
+
+def _gap(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference of any output, relative to the largest entry of that output."""
+    gaps = [0.0]
+    for x, y in zip(a, b, strict=True):
+        if x.is_floating_point() and x.shape == y.shape and x.numel():
+            scale = float(x.abs().nan_to_num().max()) or 1.0
+            gaps.append(float((x - y).abs().nan_to_num().max()) / scale)
+    return max(gaps)
