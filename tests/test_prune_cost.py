@@ -276,6 +276,9 @@ COUNTED: dict[str, Callable[[int], nn.Module]] = {
     "topk": through(lambda x: x + (-x.abs()).topk(2, -1).values.sum(-1, keepdim=True)),
     "prod": through(lambda x: x + x.prod(-1, keepdim=True)),
     "group_norm": lambda width: Channels(width, lambda n: nn.GroupNorm(1, n)),
+    "batch_norm_across": through(
+        lambda x: F.batch_norm(x[:, None], None, None, training=True)[:, 0]
+    ),
     "attention": Attends,
     "slots": Slots,
 }
@@ -286,9 +289,13 @@ NOT_COUNTED: dict[str, Callable[[int], nn.Module]] = {
     "dropout": per_unit(lambda n: nn.Dropout()),
     "batch_norm": per_unit(nn.BatchNorm1d),
     "batch_norm_of_the_batch": per_unit(lambda n: nn.BatchNorm1d(n, track_running_stats=False)),
+    "batch_norm_across_that_knows": through(
+        lambda x: F.batch_norm(x[:, None], torch.zeros(1), torch.ones(1))[:, 0]
+    ),
     "sum": through(lambda x: x + x.sum(-1, keepdim=True)),
     "length": through(lambda x: x / x.norm(dim=-1, keepdim=True)),
     "normalize": through(lambda x: F.normalize(x, dim=-1)),
+    "mean_that_is_dropped": through(lambda x: (x, x.mean(-1))[0]),
     "mean_of_rows": through(lambda x: x - x.mean(0, keepdim=True)),
     "softmax_of_rows": through(lambda x: x * x.softmax(0)),
     "larger_of_two": through(lambda x: torch.maximum(x, x.tanh())),
@@ -331,6 +338,7 @@ def test_counted_means_zeros_are_not_nothing(name: str) -> None:
     [
         ("encoder_pre_norm", {"h1", "h3", "h7"}),  # the stream; dimensions of queries, no values
         ("attention_linear", set()),
+        ("cross_attention", {"h3", "h4"}),  # it returns the mean of its weights over heads
         ("moe_dense", {"h2"}),  # experts, by the softmax of their gate
         ("deep_sets", set()),
         ("maxout", {"h3", "h4"}),
