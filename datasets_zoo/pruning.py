@@ -61,16 +61,28 @@ class UnitEffects(Counted):
 
     datasets: tuple[str, ...] = ("cifar10_16x16", "mnist", "digits")
     root: str = field(default="", compare=False)
-    count: int = 720
+    count: int = 1200
     seed: int = 0
     steps: tuple[int, int] = (100, 2000)
     judged: int = 2000
-    measured: int = 512
-    unseen: int = 3
-    size: int = 8
+    measured: int = 1024
+    unseen: int = 4
+    size: int = 4
 
     def __post_init__(self) -> None:
         check_options(self, "count", "steps", "judged", "measured", "unseen", "size")
+
+    def images(self, dataset: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images as the networks see them, and labels.
+
+        Args:
+            dataset: One of `datasets`.
+
+        Returns:
+            Training images ``(N, channels, side, side)``, of which the first `measured` gave the
+            effects, their labels, test images, and theirs.
+        """
+        return _Varied(dataset, self.root).images()
 
     def cohort(self, index: int) -> Cohort:
         """Trains the networks of one cohort and takes away every unit of each.
