@@ -31,6 +31,7 @@ from wspace.trace.rules import arguments, dims_of, known
 from wspace.trace.sandbox import persistent_float_buffers
 from wspace.trace.sites import Branches, Labels, correspondence
 from wspace.trace.solve import Axis, Solver
+from wspace.trace.zeros import Zeros
 
 Axes = list[Axis]
 
@@ -41,7 +42,7 @@ class Work:
 
     Attributes:
         op: Operator, without namespace: ``"addmm"``, ``"convolution"``.
-        label: Parameter that leads here and the operator, for reading.
+        label: Module whose weight is multiplied (else: that leads here) and operator, for reading.
         terms: Names of groups, with repetition → coefficient of the product of their sizes.
     """
 
@@ -291,6 +292,7 @@ class _Raw:
     """A contraction before the branches of families are looked at."""
 
     call: Call
+    label: str
     terms: Polynomial
     branches: frozenset[tuple[str, int]]
     ragged: bool
@@ -304,6 +306,7 @@ class _Surveyor:
     ) -> None:
         self.space, self.program, self.naming, self.names = space, program, naming, names
         self.s = naming.s
+        self._present: dict[int, frozenset[str]] = {}
 
     def survey(self, roots: Iterable[tuple[Value, int, int]]) -> Survey:
         """All that is to be known; `roots` are as `_Roots` found them."""
@@ -313,6 +316,7 @@ class _Surveyor:
         raw: list[_Raw] = []
         counted: dict[str, dict[str, None]] = {}
         live = _live(self.program)
+        named = self._labels(labels)
         for call in self.program.calls:
             partly = frozenset(branches.of(call))
             if call.name in _RAGGED:
@@ -321,7 +325,7 @@ class _Surveyor:
             if (contraction := CONTRACTIONS.get(call.name)) is not None:
                 for axes in contraction(bound, call):
                     loose = any(a in ragged for axis in axes for a in self.s.resolve(axis))
-                    raw.append(_Raw(call, self._size(axes), partly, loose))
+                    raw.append(_Raw(call, named[id(call)], self._size(axes), partly, loose))
             counting = COUNTING.get(call.name)
             if counting is not None and id(call) in live:
                 for name in self._groups(counting(self.s, bound, call)):
@@ -330,10 +334,32 @@ class _Surveyor:
             if value.axes is not None:
                 for name in self._width(value.axes[dim], heads):
                     counted.setdefault(name, {})["attention over the root of its width"] = None
+        idle = {
+            (gauge.slots[0][0], gauge.group)
+            for gauge in self.space.gauges
+            if gauge.kind == "scale" and len({slot[0] for slot in gauge.slots}) == 1
+        }
+        buffers = [p.name for p in self.space.params if p.buffer]
+        for call, name in Zeros(self.program, self._of_value, idle, buffers).left_on():
+            if id(call) in live:
+                counted.setdefault(name, {})[f"{labels.of(call)} of units that stay on"] = None
         order = {g: tuple(counted[g]) for g in self.space.groups if g in counted}
-        return Survey(tuple(self._works(raw, labels)), order)
+        return Survey(tuple(self._works(raw)), order)
 
-    def _works(self, raw: Sequence[_Raw], labels: Labels) -> Iterator[Work]:
+    def _labels(self, labels: Labels) -> dict[int, str]:
+        """Names of contractions for reading: by the weight that is multiplied, if there is one."""
+        weights = {id(v) for v in self.program.params}  # and what is computed from them alone
+        found: dict[int, str] = {}
+        for call in self.program.calls:
+            names = [labels.names[id(v)] for v in call.ins if id(v) in weights]
+            if len(names) == len(call.ins):
+                weights |= {id(v) for v in call.outs}
+            if call.name in CONTRACTIONS:
+                name = names[-1] if names else ""
+                found[id(call)] = f"{name}: {call.name}" if name else labels.of(call)
+        return found
+
+    def _works(self, raw: Sequence[_Raw]) -> Iterator[Work]:
         """Work in one branch of a family is there as often as the family has branches."""
         routed = {name for r in raw if r.ragged for name, _ in r.branches}
         for r in raw:
@@ -342,7 +368,7 @@ class _Surveyor:
                 g = self.space.all_groups.get(name)
                 if n == 1 and g is not None and not g.fixed and name not in routed:
                     terms = {tuple(sorted((*k, name))): c / g.size for k, c in terms.items()}
-            yield Work(r.call.name, labels.of(r.call), tuple(sorted(terms.items())))
+            yield Work(r.call.name, r.label, tuple(sorted(terms.items())))
 
     # --------------------------------------------------------------------- groups of atoms
 
@@ -354,6 +380,25 @@ class _Surveyor:
         owner = self.naming.owner(atom)
         name = None if owner is None else self.names.get(self.naming.group(owner).name)
         return name if name in self.space.groups else None
+
+    def _of_value(self, value: Value) -> frozenset[str]:
+        """Free groups that a value has units of."""
+        found = self._present.get(id(value))
+        if found is None:
+            atoms = (a for axis in value.axes or () for a in self._all_atoms(axis))
+            found = frozenset(n for a in atoms if (n := self._name(a)))
+            self._present[id(value)] = found
+        return found
+
+    def _all_atoms(self, axis: Axis) -> Iterator[int]:
+        """Atoms of an axis, whichever piece stands there (queries, keys or values)."""
+        for atom in self.s.resolve(axis):
+            case, parts = self.s.cases(atom), self.s.parts(atom)
+            inside = [*(case[1] if case else ()), *(parts or ())]
+            for piece in inside:
+                yield from self._all_atoms(piece)
+            if not inside:
+                yield atom
 
     def _groups(self, axes: Iterable[Axis]) -> list[str]:
         """Free groups that some of these axes have units of."""
