@@ -244,7 +244,7 @@ def latency(
             )
         )
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    accelerated = any(t.is_cuda for t in (*module.parameters(), *module.buffers()))
+    devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
     seconds: list[float] = []
     with (
         drawn_again(module),
@@ -253,12 +253,12 @@ def latency(
         evaluation_mode(module),
     ):
         for i in range(warmup + repeats):
-            if accelerated:
-                torch.cuda.synchronize()
+            for device in devices:
+                torch.cuda.synchronize(device)
             start = perf_counter()
             module(*args, **(kwargs or {}))
-            if accelerated:
-                torch.cuda.synchronize()
+            for device in devices:
+                torch.cuda.synchronize(device)
             if i >= warmup:
                 seconds.append(perf_counter() - start)
     low, middle, high = torch.tensor(seconds, dtype=torch.float64).quantile(
