@@ -279,6 +279,7 @@ COUNTED: dict[str, Callable[[int], nn.Module]] = {
     "batch_norm_across": through(
         lambda x: F.batch_norm(x[:, None], None, None, training=True)[:, 0]
     ),
+    "sum_of_exp": through(lambda x: x + x.exp().sum(-1, keepdim=True)),
     "attention": Attends,
     "slots": Slots,
 }
@@ -337,7 +338,7 @@ def test_counted_means_zeros_are_not_nothing(name: str) -> None:
     ("name", "groups"),
     [
         ("encoder_pre_norm", {"h1", "h3", "h7"}),  # the stream; dimensions of queries, no values
-        ("attention_linear", set()),
+        ("attention_linear", {"h3"}),  # a sum of elu(q) + 1 times elu(k) + 1, which is 1 at zero
         ("cross_attention", {"h3", "h4"}),  # it returns the mean of its weights over heads
         ("moe_dense", {"h2"}),  # experts, by the softmax of their gate
         ("deep_sets", set()),
