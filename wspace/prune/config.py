@@ -1,0 +1,409 @@
+"""Hugging Face models made anew from a smaller config, so that they save and load as any other.
+
+Which field of a config sizes what is found in `config_fields`, and solved for the sizes that are
+left in `config_solve`. Here the class is built from the new config and the weights that stay are
+loaded. What a constructor computes from sizes besides (the scale of attention) is undone in the
+weights, where the outputs show that it is needed.
+"""
+
+# pyright: reportPrivateUsage=false
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from fractions import Fraction
+from itertools import islice, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from wspace.action import State
+from wspace.errors import PruneError, message
+from wspace.prune.compact import _scaled
+from wspace.prune.config_fields import named, observer_of, probed
+from wspace.prune.config_fields import has_config as has_config
+from wspace.prune.config_solve import smaller_config as smaller_config
+from wspace.prune.restriction import Restriction
+from wspace.restore import drawn_again
+from wspace.space import WeightSpace
+from wspace.trace import polynomials
+from wspace.trace.polynomials import Polynomial
+from wspace.trace.sandbox import (
+    attributes_restored,
+    dense_experts,
+    evaluation_mode,
+    tensors_in,
+)
+from wspace.trace.sizes import Sizes, find_sizes
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Largest relative difference from what the rebuilt module should compute, by dtype."""
+LOW = 5e-2
+POWERS = (0.5, -0.5, 1.0, -1.0)
+"""Powers of the share of units left by which a constructor may scale what it computes."""
+REMEDIES = 256
+"""Combinations of factors that are tried."""
+
+
+def config_fields(
+    module: nn.Module, space: WeightSpace, sizes: Sizes | None = None
+) -> dict[str, list[tuple[str, int]]]:
+    """Which fields of a config size which dimensions, found by building the class anew.
+
+    Args:
+        module: A Hugging Face model of the space; its weights are not used.
+        space: Its weight space.
+        sizes: Numbers in its code, where they are known already; otherwise they are found on the
+            inputs that the space was traced with.
+
+    Returns:
+        Field, as ``text_config.hidden_size`` or ``hidden_sizes[2]`` → tensors and dimensions.
+        Fields that the config leaves open but the constructor asks for are there too.
+
+    Raises:
+        PruneError: If the module is no Hugging Face model, or its class cannot be built from its
+            config.
+
+    Example:
+        >>> import torch, wspace  # doctest: +SKIP
+        >>> config_fields(llama, space)["intermediate_size"][0]  # doctest: +SKIP
+        ('model.layers.0.mlp.gate_proj.weight', 0)
+    """
+    fields = probed(observer_of(module, space, sizes), module, explicit=True)
+    return {
+        named(f): [(o.name, o.dim) for o in seen if o.dim >= 0]
+        for f, seen in fields.sized.items()
+        if any(o.dim >= 0 for o in seen)
+    }
+
+
+def config_ties(
+    module: nn.Module, space: WeightSpace, sizes: Sizes | None = None
+) -> list[list[str]]:
+    """Sets of groups that the config holds to one size: all layers' neurons by one number.
+
+    Args:
+        module: A Hugging Face model of the space; its weights are not used.
+        space: Its weight space.
+        sizes: See `config_fields`.
+
+    Returns:
+        Names of groups that must keep as many units as each other, in order of appearance. A model
+        whose class cannot be built from its config has none.
+
+    Raises:
+        PruneError: If the module is no Hugging Face model.
+    """  # noqa: DOC502 (observer_of raises)
+    return _limits(module, space, sizes)[0]
+
+
+def config_pinned(
+    module: nn.Module, space: WeightSpace, sizes: Sizes | None = None
+) -> dict[str, str]:
+    """Groups that the config cannot make smaller on their own, and why.
+
+    Some can together: where the width of an attention head is the hidden size by the number of
+    heads, the three of them may change if the one stays the product of the others.
+
+    Args:
+        module: A Hugging Face model of the space; its weights are not used.
+        space: Its weight space.
+        sizes: See `config_fields`.
+
+    Returns:
+        Group → reason.
+
+    Raises:
+        PruneError: If the module is no Hugging Face model.
+    """  # noqa: DOC502 (observer_of raises)
+    return _limits(module, space, sizes)[1]
+
+
+def from_config(
+    module: nn.Module,
+    restriction: Restriction,
+    reference: nn.Module | None = None,
+    sizes: Sizes | None = None,
+) -> nn.Module:
+    """The small model, built by its class from a smaller config, with the weights that stay.
+
+    ``save_pretrained`` and ``from_pretrained`` treat it as any other. It computes what the copy
+    with corrected attributes does: where the constructor derives a factor from a size, such as the
+    scale of attention from the width of a head, the weights of one side of it are multiplied.
+    Hooks and adapters of the module are not taken over.
+
+    Args:
+        module: A Hugging Face model of the large space, not modified; on meta, nothing is compared.
+        restriction: What is kept.
+        reference: What the result has to compute, on the inputs that the space was traced with; the
+            copy that `prune` makes with ``rebuild="copy"`` when None.
+        sizes: See `config_fields`.
+
+    Returns:
+        A new model, of the dtypes, device, modes and ``requires_grad`` of the given one.
+
+    Raises:
+        PruneError: If the config cannot say the sizes, or the built model does not compute what it
+            should. The message names the field or the tensor.
+
+    Example:
+        >>> few = Restriction(space, keep)  # doctest: +SKIP
+        >>> from_config(llama, few).save_pretrained("small")  # doctest: +SKIP
+    """
+    space = restriction.large
+    if sizes is None and space.example is not None:
+        sizes = find_sizes(space, module, *space.example)
+    config = smaller_config(module, restriction, sizes)
+    small = _built(module, restriction, config)
+    state = restriction.state({n: x.detach() for n, x in module.state_dict().items()})
+    _load(small, state)
+    if any(x.is_meta for x in module.parameters()):
+        return small
+    if space.example is None:
+        raise PruneError(
+            message(
+                f"prune: the small {type(module).__name__} cannot be compared",
+                expected="example inputs: a space that was read from a file has none",
+                help="trace the module",
+            )
+        )
+    wanted = _wanted(module, restriction, reference)
+    dtype = next((x.dtype for x in module.parameters()), torch.float32)
+    gaps: list[float] = []
+    for factors in _remedies(restriction, sizes):
+        if factors:
+            _load(small, _scaled(dict(state), restriction, factors))
+        gaps.append(_gap(wanted, _outputs(small, space.example)))
+        if gaps[-1] <= TOLERANCE.get(dtype, LOW):
+            return small
+    raise PruneError(
+        message(
+            f"prune: the small {type(module).__name__} built from its config is not the masked one",
+            expected="the same outputs, as they are or with the weights before a size-dependent "
+            "factor multiplied",
+            got=f"a relative difference of {gaps[0]:.1e}, and at best {min(gaps):.1e} with factors",
+            help="the class computes something from a size that weights cannot undo: keep the "
+            f'groups {", ".join(restriction.keep)} apart to find which, or pass rebuild="copy"',
+        )
+    )
+
+
+# ------------------------------------------------------------------------ limits of a config
+
+
+def _limits(
+    module: nn.Module, space: WeightSpace, sizes: Sizes | None
+) -> tuple[list[list[str]], dict[str, str]]:
+    """Groups that the config ties, and groups that it cannot size on their own."""
+    if sizes is None and space.example is not None:
+        sizes = find_sizes(space, module, *space.example)
+    try:
+        fields = probed(observer_of(module, space, sizes), module, explicit=True)
+    except PruneError as error:
+        if not has_config(module):
+            raise
+        return [], dict.fromkeys(space.groups, str(error).partition("\n")[0])
+    ties = _Ties(space, sizes.ties() if sizes else [])
+    alike: dict[Any, list[tuple[Polynomial, str]]] = {}
+    for o, by in fields.responses.items():
+        now = Fraction(fields.observed[o])
+        relative = frozenset(
+            (f, r.kind, r.slope / now if r.kind == "plus" else None) for f, r in by.items()
+        )
+        form = {k: c / now for k, c in fields.sizes[o].items()}
+        names = ", ".join(named(f) for f in by)
+        alike.setdefault(relative, []).append((form, f"{names} sizes {o} too"))
+    for o, form in fields.sizes.items():
+        if o not in fields.responses and o.dim > -2:
+            now = Fraction(fields.observed[o])
+            fixed = ({(): Fraction(1)}, "")
+            own = {k: c / now for k, c in form.items()}
+            alike[o] = [fixed, (own, f"no field sizes {o}")]
+    ties.settle(list(alike.values()))
+    return ties.sets(), ties.pinned
+
+
+class _Ties:
+    """Which groups are of one size if polynomials stay equal, and which cannot change for it."""
+
+    def __init__(self, space: WeightSpace, tied: list[list[str]]) -> None:
+        self.space = space
+        self.size = {n: g.size for n, g in space.all_groups.items()}
+        self.alias: dict[str, str] = {}
+        self.pinned: dict[str, str] = {}
+        for together in tied:
+            for g in together[1:]:
+                self._join(together[0], g)
+
+    def settle(self, alike: list[list[tuple[Polynomial, str]]]) -> None:
+        """Takes polynomials, of each list equal, until nothing more follows.
+
+        Args:
+            alike: Lists of polynomials with what is said where they cannot stay equal.
+        """
+        alike = sorted(alike, key=lambda forms: max(len(k) for f, _ in forms for k in (*f, ())))
+        before = -1
+        while before != len(self.alias):
+            before = len(self.alias)
+            for forms in alike:
+                self._classes(forms)
+        for forms in alike:
+            for a, b in islice(product(self._classes(forms), repeat=2), 64):
+                self._pin(a, b)
+
+    def sets(self) -> list[list[str]]:
+        """Sets of groups of one size."""
+        found: dict[str, list[str]] = {}
+        for g in self.space.groups:
+            found.setdefault(self._root(g), []).append(g)
+        return [s for s in found.values() if len(s) > 1]
+
+    def _classes(self, forms: list[tuple[Polynomial, str]]) -> list[tuple[Polynomial, str]]:
+        """One polynomial of every kind; those of a kind are made equal."""
+        kinds: list[tuple[Polynomial, str]] = []
+        for form, why in forms:
+            now = polynomials.renamed(form, {g: self._root(g) for g in self.size})
+            for kind, _ in kinds:
+                pairs = polynomials.paired(kind, now, self.size)
+                if pairs is not None:
+                    for g, h in pairs:
+                        self._join(g, h)
+                    break
+            else:
+                kinds.append((now, why))
+        return kinds
+
+    def _pin(self, a: tuple[Polynomial, str], b: tuple[Polynomial, str]) -> None:
+        left = polynomials.plus(a[0], b[0], -1)
+        shared = set.intersection(*(set(k) for k in left)) if left else set[str]()
+        for g in {g for k in left for g in k} - shared:
+            for h in self.space.groups:
+                if self._root(h) == g:
+                    self.pinned.setdefault(h, b[1] or a[1])
+
+    def _root(self, g: str) -> str:
+        while g in self.alias:
+            g = self.alias[g]
+        return g
+
+    def _join(self, g: str, h: str) -> None:
+        g, h = self._root(g), self._root(h)
+        if g != h:
+            self.alias[h] = g
+
+
+# ------------------------------------------------------------------------ the built model
+
+
+def _built(module: nn.Module, few: Restriction, config: Any) -> nn.Module:
+    """A model of a config, of the module's dtypes, device, modes and gradients; weights random."""
+    kind: Callable[[Any], nn.Module] = type(module)
+    large = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers()),
+    }
+    device = next((x.device for x in large.values()), torch.device("cpu"))
+    with drawn_again(module), torch.device(device):
+        small = kind(copy.deepcopy(config))
+    origin = {new: old for old, new in few.names.items()}
+    for name, x in small.named_parameters(remove_duplicate=False):
+        like = large[origin.get(name, name)]
+        x.data = x.data.to(like.dtype)
+        x.requires_grad_(like.requires_grad)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for path, m in small.named_modules(remove_duplicate=False):
+        m.training = modules[path].training if path in modules else module.training
+        for name, b in m._buffers.items():
+            like = large.get(f"{path}.{name}".removeprefix("."))
+            if b is not None and like is not None:
+                m._buffers[name] = b.to(like.dtype)
+    if hasattr(module, "generation_config"):
+        small.generation_config = copy.deepcopy(module.generation_config)
+    return small
+
+
+def _load(small: nn.Module, state: State) -> None:
+    try:
+        small.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise PruneError(
+            message(
+                f"prune: the weights do not fit the small {type(small).__name__}",
+                expected="every tensor of the state, and no other",
+                got=str(error),
+                help='pass rebuild="copy"',
+            )
+        ) from error
+
+
+def _wanted(module: nn.Module, few: Restriction, reference: nn.Module | None) -> list[Tensor]:
+    """What the small model has to compute: the copy's outputs, or the masked module's."""
+    from wspace.prune.prune import Pruner
+
+    example = few.large.example or ((), {})
+    if reference is None:
+        try:
+            reference = Pruner(module, few.large, rebuild="copy").prune(few)
+        except PruneError:
+            return _outputs(module, example, few.masked(dict(module.state_dict())))
+    return _outputs(reference, example)
+
+
+def _remedies(few: Restriction, sizes: Sizes | None) -> Iterator[dict[str, float]]:
+    """Factors by group to try: none, then one side of every place that scales by a size."""
+    yield {}
+    scaled = sizes.scaled if sizes else {}
+    places: dict[str, list[list[str]]] = {}
+    for tie in _ties_of(few, sizes):
+        for source in dict.fromkeys(scaled[g] for g in tie if g in scaled):
+            places.setdefault(source, []).append([g for g in tie if scaled.get(g) == source])
+    choices: list[list[dict[str, float]]] = []
+    for ties in places.values():
+        found: list[dict[str, float]] = [{}]
+        for rank, power in product(range(max(map(len, ties))), POWERS):
+            factors = {t[rank]: _share(few, t[rank]) ** power for t in ties if rank < len(t)}
+            found.append({g: f for g, f in factors.items() if f != 1})
+        choices.append(found)
+    for picked in islice(product(*choices), 1, REMEDIES):
+        yield {g: f for factors in picked for g, f in factors.items()}
+
+
+def _ties_of(few: Restriction, sizes: Sizes | None) -> list[list[str]]:
+    ties = sizes.ties() if sizes else []
+    alone = [[g] for g in few.keep if not any(g in t for t in ties)]
+    return [[g for g in t if g in few.keep] for t in (*ties, *alone)]
+
+
+def _share(few: Restriction, group: str) -> float:
+    return few.counts()[group] / few.large.groups[group].size
+
+
+def _outputs(
+    module: nn.Module, example: tuple[Any, Mapping[str, Any]], state: State | None = None
+) -> list[Tensor]:
+    with ExitStack() as stack:
+        for context in (evaluation_mode, attributes_restored, drawn_again, dense_experts):
+            stack.enter_context(context(module))
+        stack.enter_context(torch.no_grad())
+        torch.manual_seed(0)
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, example)
+        if state is not None:
+            out = functional_call(module, dict(state), args, dict(kwargs))
+        else:
+            out = module(*args, **kwargs)
+        return [t.detach() for t in tensors_in(out)]
+
+
+def _gap(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference of any output, relative to the largest entry of that output."""
+    gaps = [0.0]
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if x.is_floating_point() and x.numel():
+            scale = float(x.abs().nan_to_num().max()) or 1.0
+            gaps.append(float((x - y).abs().nan_to_num().max()) / scale)
+    return max(gaps)
