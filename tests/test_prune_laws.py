@@ -23,11 +23,6 @@ from wspace.space import Axis, Concat, Group, WeightSpace
 
 EXACT = 1e-10
 CONTROL = 1e-6
-ALLOWED = {
-    "hiera": "a layer asks whether two of its widths differ",
-    "deepseek_v2": "pairs of numbers are read as complex ones, which needs even offsets",
-}
-"""Cases whose code refuses some sizes, for a reason that the error states."""
 EVERY = [
     pytest.param(n, marks=pytest.mark.slow) if c.slow or (i > 95 and i % 6) else n
     for i, (n, c) in enumerate(CASES.items())
@@ -98,12 +93,6 @@ def run(module: nn.Module, case: Pruned, state: Mapping[str, Tensor] | None = No
     return outputs(module, state or state_of(module), case.args, case.kwargs, mode=Double())
 
 
-def case_of(pruned: Callable[[str], Pruned], name: str) -> Pruned:
-    if name in ALLOWED:
-        pytest.skip(ALLOWED[name])
-    return pruned(name)
-
-
 # ---------------------------------------------------------------------------- the laws
 
 
@@ -112,7 +101,7 @@ def test_units_of_zeros_can_go(
     name: str, pruned: Callable[[str], Pruned], generator: torch.Generator
 ) -> None:
     """Where no operator counts its units, a group of zeros computes what no group does."""
-    case = case_of(pruned, name)
+    case = pruned(name)
     inexact = {*case.pruner.counted(case.few)}
     keep = {g: m for g, m in case.masks.items() if g not in inexact}
     tied = [t for t in case.pruner.sizes.ties() if set(t) & inexact]
@@ -128,7 +117,7 @@ def test_the_order_of_units_does_not_matter(
     name: str, pruned: Callable[[str], Pruned], generator: torch.Generator
 ) -> None:
     """Permuted networks, pruned by the permuted masks, are the same function: for every group."""
-    case = case_of(pruned, name)
+    case = pruned(name)
     t = wspace.sample(case.space, generator=generator)
     state = {n: x.detach() for n, x in case.module.state_dict().items()}
     twin = build(name)[0]
@@ -176,7 +165,7 @@ def differs(case: Pruned, twin: nn.Module, other: Pruner) -> bool:
 @each_case
 def test_the_small_module_is_of_the_small_space(name: str, pruned: Callable[[str], Pruned]) -> None:
     """L9: the trace of the small module is the restricted space, up to the names of groups."""
-    case = case_of(pruned, name)
+    case = pruned(name)
     found = wspace.trace(case.small, case.args, case.kwargs)
     texts = {p.name: ", ".join(map(text, p.axes)) for p in case.few.small.params if p.axes}
     over = {
@@ -186,6 +175,8 @@ def test_the_small_module_is_of_the_small_space(name: str, pruned: Callable[[str
     assert {p.name: p.shape for p in found.params} == {
         p.name: p.shape for p in case.few.small.params
     }
+    if found.capture == "concrete":  # what no token of the example reaches is frozen
+        return
     wrong = disagreements(found, texts, over)
     scalars = [f"{p}: not expected" for p in case.few.small.params if not p.axes]
     assert [line for line in wrong if line not in scalars and "#" not in line] == []
@@ -204,7 +195,7 @@ def text(axis: Axis) -> str:
 
 @each_case
 def test_the_module_is_left_alone_and_ties_stay(name: str, pruned: Callable[[str], Pruned]) -> None:
-    case = case_of(pruned, name)
+    case = pruned(name)
     before = {n: x.clone() for n, x in case.module.state_dict().items()}
     small = prune(case.module, case.space, case.few, rebuild="copy", check=False)
     after = case.module.state_dict()
@@ -225,7 +216,7 @@ def test_the_module_is_left_alone_and_ties_stay(name: str, pruned: Callable[[str
 
 @each_case
 def test_a_pruned_state_finds_its_module_again(name: str, pruned: Callable[[str], Pruned]) -> None:
-    case = case_of(pruned, name)
+    case = pruned(name)
     state = case.small.state_dict()
     shapes = {n: tuple(x.shape) for n, x in state.items()}
     counts = case.few.counts()
@@ -238,17 +229,12 @@ def test_a_pruned_state_finds_its_module_again(name: str, pruned: Callable[[str]
 # ------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_sizes_that_the_code_refuses_are_an_error(name: str) -> None:
-    module, args, kwargs = build(name)
+def test_sizes_that_the_code_refuses_are_an_error() -> None:
+    """A layer asks whether two of its widths differ; half of the second stage is as the first."""
+    module, args, kwargs = build("hiera")
     space = wspace.trace(module, args, kwargs)
-    pruner = Pruner(module, space, rebuild="copy")
-    keep = {
-        "hiera": {"h8": torch.arange(16) < 8},  # half of the second stage is as wide as the first
-        "deepseek_v2": {"h3": torch.arange(4) < 3, "h4": torch.arange(6) < 5},  # both odd
-    }[name]
-    with pytest.raises(PruneError, match="does not run|does not allow"):
-        pruner.prune(keep)
+    with pytest.raises(PruneError, match="does not allow.*\\n.*\\n.*comparison that was false"):
+        Pruner(module, space, rebuild="copy").prune({"h8": torch.arange(16) < 8})
 
 
 def test_masks_off_leave_the_network_as_it_was(pruned: Callable[[str], Pruned]) -> None:

@@ -61,7 +61,7 @@ def compact(
     for group in restriction.keep:
         _drop_branches(small, restriction, group)
     for attribute, value in attributes.items():
-        _set(small, attribute, value)
+        attribute.write(small, value)
     for m in small.modules():
         _refresh(m)
     _check(small, restriction)
@@ -148,22 +148,7 @@ def _scaled(
     return state
 
 
-# ---------------------------------------------------------------------------- attributes
-
-
-def _set(module: nn.Module, attribute: Attribute, value: int) -> None:
-    held: Any = module.get_submodule(attribute.path)
-    *chain, name = attribute.chain
-    for step in chain:
-        held = getattr(held, step)
-    if attribute.index is not None:
-        items = list(getattr(held, name))
-        items[attribute.index] = value
-        value = type(getattr(held, name))(items)  # type: ignore[assignment]
-    if isinstance(held, nn.Module):
-        setattr(held, name, value)
-    else:
-        held.__dict__[name] = value  # a config may refuse, or compute, when it is set
+# ------------------------------------------------------------------------------ families
 
 
 def _drop_branches(module: nn.Module, restriction: Restriction, group: str) -> None:

@@ -39,6 +39,27 @@ class Attribute:
     index: int | None
     value: int
 
+    def write(self, module: nn.Module, value: int) -> None:
+        """Sets the number in a module that keeps it in the same place.
+
+        A config is written past its own checks: it may refuse or compute when it is set.
+
+        Args:
+            module: The module.
+            value: The new number.
+        """
+        held: Any = module.get_submodule(self.path)
+        *chain, name = self.chain
+        for step in chain:
+            held = held[step] if isinstance(held, dict) else getattr(held, step)
+        inside = cast(dict[str, Any], held if isinstance(held, dict) else held.__dict__)
+        whole: Any = value
+        if self.index is not None:
+            now = inside[name] if name in inside else getattr(held, name)
+            whole = [value if i == self.index else x for i, x in enumerate(now)]
+            whole = type(now)(whole)
+        inside[name] = whole
+
     def __str__(self) -> str:
         at = "" if self.index is None else f"[{self.index}]"
         return ".".join((*([self.path] if self.path else []), *self.chain)) + at
@@ -211,6 +232,9 @@ class Numbers:
 
 # -------------------------------------------------------------------- the module's own
 
+_TORCH = frozenset(nn.Module().__dict__)
+"""Attributes that every module has: parameters, hooks, submodules."""
+
 
 @contextmanager
 def remembered(module: nn.Module, run: Numbers) -> Generator[None]:
@@ -230,6 +254,8 @@ def remembered(module: nn.Module, run: Numbers) -> Generator[None]:
             for name, x in _class_numbers(type(m)):
                 own.setdefault(name, _remember(x, path, (name,), run))
             for name, held in list(own.items()):
+                if name in _TORCH:
+                    continue
                 _descend(held, path, (name,), run, replaced, seen)
         yield
     finally:
@@ -243,13 +269,19 @@ def _descend(
     held: Any, path: str, chain: tuple[str, ...], run: Numbers, replaced: list[Any], seen: set[int]
 ) -> None:
     """Replaces the numbers of a plain object (a config) and of those inside it."""
-    plain = hasattr(held, "__dict__") and not isinstance(held, nn.Module | Tensor | type)
-    if not plain or callable(held) or id(held) in seen or len(chain) > 3:
+    if id(held) in seen or len(chain) > 3:
         return
-    if type(held).__module__.startswith(("torch.", "builtins")):
+    if isinstance(held, dict):
+        inside = cast(dict[str, Any], held)
+    elif hasattr(held, "__dict__") and not isinstance(held, nn.Module | Tensor | type):
+        if callable(held) or type(held).__module__.startswith(("torch.", "builtins")):
+            return
+        inside = cast(dict[str, Any], held.__dict__)
+    else:
+        return
+    if not all(isinstance(name, str) for name in cast(dict[Any, Any], inside)):
         return
     seen.add(id(held))
-    inside = cast(dict[str, Any], held.__dict__)
     replaced.append((inside, dict(inside)))
     _replace(inside, path, chain, run)
     for name, x in list(inside.items()):

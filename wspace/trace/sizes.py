@@ -191,6 +191,8 @@ class _Reader:
         found: dict[Requirement, None] = {}
         for demand in run.demands:
             number = self._expression(demand.number)
+            if not isinstance(number, Axis):
+                self._pin_joint(demand)
             for axis in self._axes(demand.value, demand.dim):
                 if (part := self._part(axis, demand)) is not None:
                     found[Requirement(number, part, demand.source)] = None
@@ -244,6 +246,22 @@ class _Reader:
         found = (self.naming.extent(axis) for axis in self._cases(value.axes[dim]))
         return [self._in_space(axis) for axis in found if axis is not None]
 
+    def _pin_joint(self, demand: Demand) -> None:
+        """Pins groups of which a number says how long one factor is: nothing else tells them apart.
+
+        A product that no operator looks into is one group, though the code may view it as two axes.
+        """
+        for axis in self._cases(demand.value.axes[demand.dim]) if demand.value.axes else ():
+            if self.naming.extent(axis) is None:
+                for atom in self.naming.s.resolve(axis):
+                    owner = self.naming.owner(atom)
+                    name = None if owner is None else self.names.get(self.naming.group(owner).name)
+                    if name is not None:
+                        why = f"{_now(demand.number)} is the length of a part of it"
+                        self.pinned.setdefault(
+                            name, f"{why} at {demand.source or _named_by(demand)}"
+                        )
+
     def _cases(self, axis: Atoms) -> Iterator[Atoms]:
         solver = self.naming.s
         factors = solver.resolve(axis)
@@ -292,6 +310,11 @@ class _Reader:
                 return OPERATIONS[number.op](a, b)
             return Computed(number.op, a, b)
         return number
+
+
+def _named_by(demand: Demand) -> str:
+    """The attributes that a number comes from, for reading."""
+    return ", ".join(dict.fromkeys(map(str, _attributes(demand.number)))) or "an unknown place"
 
 
 def _free(axis: Axis) -> list[str]:
