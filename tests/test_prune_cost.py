@@ -20,9 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import wspace
+from wspace.action import shape_of
 from wspace.errors import PruneError, SpaceMismatch
 from wspace.prune.cost import Cost, latency
+from wspace.prune.prune import Pruner
 from wspace.prune.restriction import Restriction, prunable
+from wspace.prune.select import Selection
 from wspace.space import Axis, Group, WeightSpace
 from wspace.trace.sandbox import dense_experts, without_onednn
 from wspace.trace.work import CONTRACTIONS, survey
@@ -186,6 +189,35 @@ def test_cost_of_a_smaller_network_built_directly(name: str) -> None:
         less = {**counts, group: large.space.groups[group].size}
         if counts[group] < large.space.groups[group].size and name != "moe_dispatch":
             assert large.macs(less) > small.macs()
+
+
+QUICK = {"vgg", "densenet", "lstm", "moe_dense", "attention_gqa", "swiglu", "language_model_tied"}
+ROUTED = {"switch"}  # how many tokens reach an expert depends on the weights
+WHOLE = {"linear", "attention_conv", "cross_attention"}  # no units, or their code fixes all sizes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in CASES
+        if name not in ROUTED | WHOLE
+    ],
+)
+def test_pruned_network_recounted(name: str, generator: torch.Generator) -> None:
+    module, args, kwargs = build(name)
+    space = wspace.trace(module, args, kwargs)
+    pruner = Pruner(module, space, args, kwargs, rebuild="copy")
+    scores = {
+        n: torch.rand(shape_of(g, space), generator=generator) for n, g in prunable(space).items()
+    }
+    few = pruner.restrict(scores, Selection(amount=0.25, ignore=list(pruner.pinned)))
+    small, left = pruner.prune(few, check=False), few.counts()
+    sizes = {n: g.size for n, g in space.groups.items()} | left
+    known = [w for w in pruner.cost.survey.works if w.op not in NOT_COUNTED_BY_TORCH]
+    assert pruner.cost.parameters(left) == sum(p.numel() for p in small.parameters())
+    assert sum(w.macs(sizes) for w in known) == sum(flops_of(small, args, kwargs).values())
+    assert pruner.cost.parameters(left) < pruner.cost.parameters()
 
 
 def test_errors_name_what_is_wrong() -> None:

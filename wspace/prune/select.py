@@ -334,7 +334,14 @@ class _Budget:
         self.cost = cost or Cost.of(space)
         open_ = [(i, b) for i, b in enumerate(bundles) if b.ratio is None and b.steps]
         if not open_ and selection.amount and selection.of == "units":
-            raise self._unreachable(0, 0, 0)
+            raise PruneError(
+                message(
+                    f"select: {selection.amount} of the units cannot be removed",
+                    expected="a group that may lose units",
+                    got="none: all are ignored, tied to one that is, or too small for `round_to`",
+                    help="loosen `ignore`, `groups`, `at_most` or `round_to`",
+                )
+            )
         prices = [
             b.prices(scores, selection.normalize)
             if selection.scope == "global"
