@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from wspace.action import shape_of
 from wspace.errors import PruneError, message
 from wspace.prune.compact import compact
-from wspace.prune.config import config_ties, from_config, has_config
+from wspace.prune.config import config_pinned, config_ties, from_config, has_config
 from wspace.prune.cost import Cost
 from wspace.prune.importance import Importance, importance_of
 from wspace.prune.restriction import Keep, Restriction, prunable
@@ -201,12 +201,22 @@ class Pruner:
     @cached_property
     def ties(self) -> list[list[str]]:
         """Sets of groups that must keep as many units as each other."""
-        return self.sizes.ties() + (config_ties(self.module, self.space) if self.by_config else [])
+        ties = self.sizes.ties()
+        if self.by_config:
+            ties = ties + config_ties(self.module, self.space, self.sizes)
+        return ties
 
-    @property
+    @cached_property
     def pinned(self) -> Mapping[str, str]:
-        """Groups that cannot lose units, and why: the code (or the config) fixes their size."""
-        return {g: why for g, why in self.sizes.pinned.items() if g in prunable(self.space)}
+        """Groups that cannot lose units, and why: the code or the config fixes their size.
+
+        These are left whole by `choose`; masks that ask for them anyway are refused, or carried out
+        on a copy where only the config stands against them.
+        """
+        found = dict(self.sizes.pinned)
+        if self.by_config:
+            found = {**config_pinned(self.module, self.space, self.sizes), **found}
+        return {g: why for g, why in found.items() if g in prunable(self.space)}
 
     def choose(
         self, importance: Importance | str = "magnitude", selection: Selection | None = None
@@ -267,7 +277,7 @@ class Pruner:
     def _made(self, few: Restriction) -> nn.Module:
         if self.by_config:
             try:
-                return from_config(self.module, few)
+                return from_config(self.module, few, sizes=self.sizes)
             except PruneError as error:
                 if self.rebuild == "config":
                     raise
