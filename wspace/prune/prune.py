@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
@@ -10,36 +9,23 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from wspace.action import shape_of
 from wspace.errors import PruneError, message
+from wspace.prune.agreement import POWERS, agree, gap, outputs
 from wspace.prune.compact import compact
 from wspace.prune.config import config_pinned, config_ties, from_config, has_config
 from wspace.prune.cost import Cost
 from wspace.prune.importance import Importance, importance_of
 from wspace.prune.restriction import Keep, Restriction, prunable
 from wspace.prune.select import Selection, select
-from wspace.restore import drawn_again
 from wspace.space import WeightSpace
-from wspace.trace.sandbox import (
-    attributes_restored,
-    dense_experts,
-    evaluation_mode,
-    tensors_in,
-)
 from wspace.trace.sizes import Sizes, find_sizes
 
 log = logging.getLogger(__name__)
 Rebuild = Literal["auto", "config", "copy"]
 """How the small module is made: from a smaller config, or as a copy with its attributes changed."""
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""Largest relative difference between the small module and the masked one, by dtype."""
-LOW = 5e-2
 ROOT = "attention over the root of its width"
-POWERS = (0.5, -0.5, 1.0, -1.0)
-"""Powers of a size by which a module may scale what it computes from the units."""
 
 
 class Inputs(TypedDict, total=False):
@@ -235,17 +221,26 @@ class Pruner:
         Raises:
             PruneError: If the options make no sense or the budget cannot be reached.
         """  # noqa: DOC502 (select raises)
-        selection = selection or Selection(amount=0.5)
         scores = importance_of(importance)(self.module, self.space)
-        pinned = list(self.pinned)
-        return self.restrict(scores, replace(selection, ignore=(*selection.ignore, *pinned)))
+        return self.restrict(scores, selection or Selection(amount=0.5))
 
     def restrict(self, scores: Mapping[str, Tensor], selection: Selection) -> Restriction:
-        """What to keep, by scores that are there already; see `choose`."""
+        """What to keep, by scores that are there already.
+
+        Args:
+            scores: Group → ``(*sizes of over, size)``, higher for units that matter more.
+            selection: How much goes, and from where.
+
+        Returns:
+            What is kept.
+
+        Raises:
+            PruneError: If the options make no sense or the budget cannot be reached.
+        """  # noqa: DOC502 (select raises)
         keep = select(
             self.space,
             scores,
-            selection,
+            replace(selection, ignore=(*selection.ignore, *self.pinned)),
             equal=self.ties,
             cost=self.cost if selection.of == "flops" else None,
             least=self.sizes.least,
@@ -310,27 +305,25 @@ class Pruner:
                 found[g] = (*found.get(g, ()), source)
         return {g: found[g] for g in few.keep if found.get(g)}
 
-    def _compare(self, few: Restriction, small: nn.Module) -> float:
-        """Relative difference between the small module and the masked one."""
+    def _compare(self, few: Restriction, small: nn.Module) -> None:
+        """Runs the small module beside the masked one."""
         found = self._runs(small)
-        gap = _gap(self._run(self.module, few), found)
-        dtype = next((x.dtype for x in self.module.parameters()), torch.float32)
-        if gap > TOLERANCE.get(dtype, LOW) and not self.counted(few):
+        wanted = self._masked(few)
+        if not agree(wanted, found, small) and not self.counted(few):
             raise PruneError(
                 message(
                     f"prune: the small {type(small).__name__} is not the masked one",
                     expected="the same outputs, since nothing counts the units that went",
-                    got=f"a relative difference of {gap:.1e}",
+                    got=f"a relative difference of {gap(wanted, found):.1e}",
                     help="its code uses a size in a way that was not seen; ignore the groups "
                     "involved, and report this",
                 )
             )
-        return gap
 
     def _runs(self, small: nn.Module) -> list[Tensor]:
         """Outputs of a small module; its code may refuse the sizes in any way it likes."""
         try:
-            return self._run(small)
+            return outputs(small, (self.args, self.kwargs))
         except Exception as error:
             raise PruneError(
                 message(
@@ -342,26 +335,14 @@ class Pruner:
                 )
             ) from error
 
-    def _run(self, module: nn.Module, masked: Restriction | None = None) -> list[Tensor]:
-        params: dict[str, Tensor] = {}
-        if masked is not None:
-            known = dict(module.named_parameters(remove_duplicate=False))
-            params = {
-                p.name: known[p.name].masked_fill(masked.zeroed(p).to(known[p.name].device), 0)
-                for p in masked.touched
-            }
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(evaluation_mode(module))
-            stack.enter_context(attributes_restored(module))
-            stack.enter_context(drawn_again(module))
-            stack.enter_context(dense_experts(module))
-            torch.manual_seed(0)
-            args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs))
-            out = (
-                functional_call(module, params, args, kwargs) if params else module(*args, **kwargs)
-            )
-            return [t.detach() for t in tensors_in(out)]
+    def _masked(self, few: Restriction) -> list[Tensor]:
+        """Outputs of the module with zeros in the place of the units that go."""
+        known = dict(self.module.named_parameters(remove_duplicate=False))
+        state = {
+            p.name: known[p.name].masked_fill(few.zeroed(p).to(known[p.name].device), 0)
+            for p in few.touched
+        }
+        return outputs(self.module, (self.args, self.kwargs), state)
 
     # ------------------------------------------------------------------- factors of sizes
 
@@ -390,19 +371,18 @@ class Pruner:
         best: dict[str, tuple[int, float] | None] = dict.fromkeys(sources)
         if any(x.is_meta for x in self.module.parameters()):
             return best
-        dtype = next((x.dtype for x in self.module.parameters()), torch.float32)
         for source in sources:
             trial = self._trial(source)
             if trial is None:
                 continue
-            wanted = self._run(self.module, trial)
+            wanted = self._masked(trial)
             attributes = self.sizes.solve(trial.small)
             names = [g for g in trial.keep if self.sizes.scaled.get(g) == source]
             tie = self._tied.get(names[0], names)
             for name, power in [(names[0], 0.0), *product(names, POWERS)]:
                 share = trial.counts()[name] / self.space.groups[name].size
                 small = compact(self.module, trial, attributes, {name: share**power})
-                if _gap(wanted, self._runs(small)) <= TOLERANCE.get(dtype, LOW):
+                if agree(wanted, self._runs(small), small):
                     best[source] = (tie.index(name), power)
                     break
         return best
@@ -419,13 +399,3 @@ class Pruner:
                     self.space, {g: half.expand(shape_of(free[g], self.space)) for g in tied}
                 )
         return None
-
-
-def _gap(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference of any output, relative to the largest entry of that output."""
-    gaps = [0.0]
-    for x, y in zip(a, b, strict=True):
-        if x.is_floating_point() and x.shape == y.shape and x.numel():
-            scale = float(x.abs().nan_to_num().max()) or 1.0
-            gaps.append(float((x - y).abs().nan_to_num().max()) / scale)
-    return max(gaps)
