@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from wspace.action import State
@@ -34,6 +33,7 @@ from wspace.trace.polynomials import Polynomial
 from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
+    double_precision,
     evaluation_mode,
     tensors_in,
 )
@@ -42,6 +42,8 @@ from wspace.trace.sizes import Sizes, find_sizes
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest relative difference from what the rebuilt module should compute, by dtype."""
 LOW = 5e-2
+SURE = 1e-12
+"""A difference in float64 at which no other factors are tried."""
 POWERS = (0.5, -0.5, 1.0, -1.0)
 """Powers of the share of units left by which a constructor may scale what it computes."""
 REMEDIES = 256
@@ -170,25 +172,29 @@ def from_config(
                 help="trace the module",
             )
         )
-    wanted = _wanted(module, restriction, reference)
+    if reference is None:
+        reference = _reference(module, restriction)
+    remedies = list(_remedies(module, small, restriction, sizes))
+    gaps = _tried(small, state, restriction, reference, remedies)
+    best = min(range(len(gaps)), key=gaps.__getitem__)
     dtype = next((x.dtype for x in module.parameters()), torch.float32)
-    gaps: list[float] = []
-    for factors in _remedies(restriction, sizes):
-        if factors:
-            _load(small, _scaled(dict(state), restriction, factors))
-        gaps.append(_gap(wanted, _outputs(small, space.example)))
-        if gaps[-1] <= TOLERANCE.get(dtype, LOW):
-            return small
-    raise PruneError(
-        message(
-            f"prune: the small {type(module).__name__} built from its config is not the masked one",
-            expected="the same outputs, as they are or with the weights before a size-dependent "
-            "factor multiplied",
-            got=f"a relative difference of {gaps[0]:.1e}, and at best {min(gaps):.1e} with factors",
-            help="the class computes something from a size that weights cannot undo: keep the "
-            f'groups {", ".join(restriction.keep)} apart to find which, or pass rebuild="copy"',
+    limit = TOLERANCE[torch.float64] if len(remedies) > 1 else TOLERANCE.get(dtype, LOW)
+    if gaps[best] > limit:
+        raise PruneError(
+            message(
+                f"prune: the small {type(module).__name__} built from its config is not the "
+                "masked one",
+                expected="the same outputs, as they are or with the weights on one side of a "
+                "factor that depends on sizes multiplied",
+                got=f"a relative difference of {gaps[0]:.1e}, and {gaps[best]:.1e} with factors",
+                help="the class computes something from a size that its weights cannot undo: "
+                f"prune {', '.join(restriction.keep)} one at a time to find which, or pass "
+                'rebuild="copy"',
+            )
         )
-    )
+    if remedies[best]:
+        _load(small, _scaled(dict(state), restriction, remedies[best]))
+    return small
 
 
 # ------------------------------------------------------------------------ limits of a config
@@ -267,7 +273,7 @@ class _Ties:
         for form, why in forms:
             now = polynomials.renamed(form, {g: self._root(g) for g in self.size})
             for kind, _ in kinds:
-                pairs = polynomials.paired(kind, now, self.size)
+                pairs = self._paired(kind, now)
                 if pairs is not None:
                     for g, h in pairs:
                         self._join(g, h)
@@ -275,6 +281,18 @@ class _Ties:
             else:
                 kinds.append((now, why))
         return kinds
+
+    def _paired(self, a: Polynomial, b: Polynomial) -> list[tuple[str, str]] | None:
+        """Pairs of groups that must be of one size; factors of every term are equal already."""
+        terms = [*(k for k in a if a[k] != b.get(k)), *(k for k in b if b[k] != a.get(k))]
+        for g in dict.fromkeys(terms[0] if terms else ()):
+            if all(g in k for k in terms):
+                left, right = (
+                    polynomials.over({k: c for k, c in x.items() if k in terms}, {(g,): Fraction(1)})
+                    for x in (a, b)
+                )
+                return self._paired(left or {}, right or {})
+        return polynomials.paired(a, b, self.size)
 
     def _pin(self, a: tuple[Polynomial, str], b: tuple[Polynomial, str]) -> None:
         left = polynomials.plus(a[0], b[0], -1)
@@ -339,62 +357,128 @@ def _load(small: nn.Module, state: State) -> None:
         ) from error
 
 
-def _wanted(module: nn.Module, few: Restriction, reference: nn.Module | None) -> list[Tensor]:
-    """What the small model has to compute: the copy's outputs, or the masked module's."""
+def _reference(module: nn.Module, few: Restriction) -> nn.Module:
+    """What the small model has to compute: the copy, or the masked module if there is no copy."""
     from wspace.prune.prune import Pruner
 
+    try:
+        return Pruner(module, few.large, rebuild="copy").prune(few)
+    except PruneError:
+        masked = copy.deepcopy(module)
+        own = dict(masked.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for p in few.touched:
+                own[p.name].masked_fill_(few.zeroed(p).to(own[p.name].device), 0)
+        return masked
+
+
+def _tried(
+    small: nn.Module,
+    state: State,
+    few: Restriction,
+    reference: nn.Module,
+    remedies: list[dict[str, float]],
+) -> list[float]:
+    """How far the small model is from the reference with each set of factors.
+
+    Where there is something to choose, this is done in float64: rounding could hide the difference.
+    """
     example = few.large.example or ((), {})
-    if reference is None:
-        try:
-            reference = Pruner(module, few.large, rebuild="copy").prune(few)
-        except PruneError:
-            return _outputs(module, example, few.masked(dict(module.state_dict())))
-    return _outputs(reference, example)
+    if len(remedies) == 1:
+        return [_gap(_outputs(reference, example), _outputs(small, example))]
+    small, reference = copy.deepcopy(small).double(), copy.deepcopy(reference).double()
+    example = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
+    state = {n: x.double() if x.is_floating_point() else x for n, x in state.items()}
+    gaps: list[float] = []
+    with double_precision():
+        wanted = _outputs(reference, example)
+        for factors in remedies:
+            _load(small, _scaled(dict(state), few, factors))
+            gaps.append(_gap(wanted, _outputs(small, example)))
+            if gaps[-1] <= SURE:
+                break
+    return gaps
 
 
-def _remedies(few: Restriction, sizes: Sizes | None) -> Iterator[dict[str, float]]:
+def _remedies(
+    module: nn.Module, small: nn.Module, few: Restriction, sizes: Sizes | None
+) -> Iterator[dict[str, float]]:
     """Factors by group to try: none, then one side of every place that scales by a size."""
     yield {}
-    scaled = sizes.scaled if sizes else {}
-    places: dict[str, list[list[str]]] = {}
-    for tie in _ties_of(few, sizes):
-        for source in dict.fromkeys(scaled[g] for g in tie if g in scaled):
-            places.setdefault(source, []).append([g for g in tie if scaled.get(g) == source])
     choices: list[list[dict[str, float]]] = []
-    for ties in places.values():
+    for ties in _scaled_places(few, sizes).values():
         found: list[dict[str, float]] = [{}]
         for rank, power in product(range(max(map(len, ties))), POWERS):
             factors = {t[rank]: _share(few, t[rank]) ** power for t in ties if rank < len(t)}
             found.append({g: f for g, f in factors.items() if f != 1})
         choices.append(found)
+    for changes in _constants(module, small, few).values():
+        found = [{}]
+        for rank, power in product(range(max(len(groups) for groups, _ in changes)), (1, -1)):
+            found.append({groups[rank]: r**power for groups, r in changes if rank < len(groups)})
+        choices.append(found)
     for picked in islice(product(*choices), 1, REMEDIES):
-        yield {g: f for factors in picked for g, f in factors.items()}
+        factors: dict[str, float] = {}
+        for chosen in picked:
+            for g, f in chosen.items():
+                factors[g] = factors.get(g, 1.0) * f
+        yield factors
 
 
-def _ties_of(few: Restriction, sizes: Sizes | None) -> list[list[str]]:
+def _scaled_places(few: Restriction, sizes: Sizes | None) -> dict[str, list[list[str]]]:
+    """Places in the forward pass that make a factor of a size → groups, by tie."""
+    scaled = sizes.scaled if sizes else {}
     ties = sizes.ties() if sizes else []
     alone = [[g] for g in few.keep if not any(g in t for t in ties)]
-    return [[g for g in t if g in few.keep] for t in (*ties, *alone)]
+    places: dict[str, list[list[str]]] = {}
+    for tie in (*ties, *alone):
+        kept = [g for g in tie if g in few.keep and g in scaled]
+        for source in dict.fromkeys(scaled[g] for g in kept):
+            places.setdefault(source, []).append([g for g in kept if scaled[g] == source])
+    return places
+
+
+def _constants(
+    module: nn.Module, small: nn.Module, few: Restriction
+) -> dict[tuple[type[nn.Module], str], list[tuple[list[str], float]]]:
+    """Numbers that the constructor made otherwise: class and name → groups there, and the ratio."""
+    found: dict[tuple[type[nn.Module], str], list[tuple[list[str], float]]] = {}
+    modules = dict(module.named_modules())
+    for path, m in small.named_modules():
+        large = modules.get(path)
+        for name, new in vars(m).items():
+            old = getattr(large, name, None)
+            if isinstance(new, float) and isinstance(old, float) and new != old and new and old:
+                groups = _groups_under(few.small, path)
+                found.setdefault((type(m), name), []).append((groups, old / new))
+    return found
+
+
+def _groups_under(space: WeightSpace, path: str) -> list[str]:
+    """Free groups of the tensors of a submodule, or of the smallest one around it that has some."""
+    while path:
+        inside = [p for p in space.params if p.name.startswith(path + ".")]
+        if inside:
+            break
+        path = path.rpartition(".")[0]
+    else:
+        inside = list(space.params)
+    groups = (g for p in inside for axis in p.axes for g in axis.groups() if not g.fixed)
+    return list(dict.fromkeys(g.name for g in groups))
 
 
 def _share(few: Restriction, group: str) -> float:
     return few.counts()[group] / few.large.groups[group].size
 
 
-def _outputs(
-    module: nn.Module, example: tuple[Any, Mapping[str, Any]], state: State | None = None
-) -> list[Tensor]:
+def _outputs(module: nn.Module, example: tuple[Any, Mapping[str, Any]]) -> list[Tensor]:
     with ExitStack() as stack:
         for context in (evaluation_mode, attributes_restored, drawn_again, dense_experts):
             stack.enter_context(context(module))
         stack.enter_context(torch.no_grad())
         torch.manual_seed(0)
         args, kwargs = tree_map_only(Tensor, Tensor.clone, example)
-        if state is not None:
-            out = functional_call(module, dict(state), args, dict(kwargs))
-        else:
-            out = module(*args, **kwargs)
-        return [t.detach() for t in tensors_in(out)]
+        return [t.detach() for t in tensors_in(module(*args, **kwargs))]
 
 
 def _gap(a: list[Tensor], b: list[Tensor]) -> float:

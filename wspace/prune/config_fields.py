@@ -453,9 +453,10 @@ def _runs(
 def _responses(
     base: Mapping[Observable, int], v: int, runs: list[tuple[int, dict[Observable, int]]]
 ) -> dict[Observable, Response]:
-    moved = {o for _, seen in runs for o in base if seen.get(o, base[o]) != base[o]}
     return {
-        o: _response(v, base[o], [(x, seen.get(o, base[o])) for x, seen in runs]) for o in moved
+        o: _response(v, now, [(x, seen.get(o, now)) for x, seen in runs])
+        for o, now in base.items()
+        if any(seen.get(o, now) != now for _, seen in runs)
     }
 
 

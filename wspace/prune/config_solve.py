@@ -100,26 +100,63 @@ def _solved(
         if targets[o] != fields.observed[o] and not fields.responses.get(o) and o.dim > -2
     ]
     known: dict[Field, int] = {}
+    source: dict[Field, Observable] = {}
     while not wrong:
-        votes: dict[Field, dict[int, list[Observable]]] = {}
-        for o, by in fields.responses.items():
-            unknown = [f for f in by if f not in known]
-            if o in targets and len(unknown) == 1:
-                value = _value(fields, o, unknown[0], known, targets[o])
-                if value is not None:
-                    votes.setdefault(unknown[0], {}).setdefault(value, []).append(o)
+        votes = _votes(fields, targets, known)
         for f, by_value in votes.items():
             firm = {v: os for v, os in by_value.items() if any(o.dim > -2 for o in os)}
             if len(firm) > 1:
-                wrong.append(
-                    f"{named(f)} would be "
-                    + " and ".join(f"{v} for {os[0]}" for v, os in firm.items())
-                )
+                first = [f"{v} for {_first(os)}" for v, os in firm.items()]
+                wrong.append(f"{named(f)} would be {' and '.join(first)}")
             best = firm or by_value
             known[f] = max(best, key=lambda v: len(best[v]))
+            source[f] = _first(best[known[f]])
         if not votes:
             break
+    if not wrong:
+        wrong = _contradicted(fields, targets, known, source)
     return _combined(fields, known, targets), wrong
+
+
+Votes = dict[Field, dict[int, list[Observable]]]
+
+
+def _votes(
+    fields: Fields, targets: Mapping[Observable, int], known: Mapping[Field, int]
+) -> Votes:
+    """What follows for fields that are the only unknown one of an observable: value → which."""
+    votes: Votes = {}
+    for o, by in fields.responses.items():
+        unknown = [f for f in by if f not in known]
+        if o in targets and len(unknown) == 1:
+            value = _value(fields, o, unknown[0], known, targets[o])
+            if value is not None:
+                votes.setdefault(unknown[0], {}).setdefault(value, []).append(o)
+    return votes
+
+
+def _contradicted(
+    fields: Fields,
+    targets: Mapping[Observable, int],
+    known: Mapping[Field, int],
+    source: Mapping[Field, Observable],
+) -> list[str]:
+    """Tensors that would need another value of a field than follows from others."""
+    wrong: dict[str, None] = {}
+    for o, by in fields.responses.items():
+        if o not in targets or o.dim == -2 or not all(f in known for f in by):
+            continue
+        values = {f: _value(fields, o, f, known, targets[o]) for f in by}
+        other = [f for f, v in values.items() if v is not None and v != known[f]]
+        if other and len(other) == len([v for v in values.values() if v is not None]):
+            f = other[-1]
+            wrong[f"{named(f)} would be {known[f]} for {source[f]} and {values[f]} for {o}"] = None
+    return list(wrong)
+
+
+def _first(seen: list[Observable]) -> Observable:
+    """The observable to name: a tensor if there is one."""
+    return next((o for o in seen if o.dim > -2), seen[0])
 
 
 def _combined(
