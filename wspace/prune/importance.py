@@ -411,10 +411,9 @@ def completed(
     if not missing or otherwise is None:
         pass
     elif isinstance(otherwise, int | float):
-        others = {
-            g: torch.full((*batch, *shape_of(free[g], space)), otherwise, dtype=torch.float64)
-            for g in missing
-        }
+        device = next((x.device for x in state.values()), None)
+        number = torch.tensor(float(otherwise), dtype=torch.float64, device=device)
+        others = {g: number.expand(*batch, *shape_of(free[g], space)).clone() for g in missing}
     else:
         others = otherwise.of(state, space)
     return {g: found[g] if g in found else others[g] for g in free}

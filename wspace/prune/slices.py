@@ -189,7 +189,7 @@ def lamp(x: Tensor) -> Tensor:
     up = x.sort(-1).values
     above = up.flip(-1).cumsum(-1).flip(-1)
     first = torch.searchsorted(up, x * (1 - SAME)).clamp_max(x.shape[-1] - 1)
-    return torch.where(x > 0, x / above.gather(-1, first).clamp_min(1e-300), 0.0)
+    return torch.where(x <= 0, 0.0, x / above.gather(-1, first).clamp_min(1e-300))  # NaN stays
 
 
 def gram(state: State, piece: Piece, k: int, lead: int) -> Tensor:
@@ -220,7 +220,7 @@ def distances(products: list[Tensor]) -> Tensor:
     norms = total.diagonal(dim1=-2, dim2=-1)
     both = norms[:, :, None] + norms[:, None, :]
     square = both - 2 * total
-    return torch.where(square > SAME * both, square, 0.0).sqrt().sum(-1)
+    return torch.where(square <= SAME * both, 0.0, square).sqrt().sum(-1)  # NaN stays
 
 
 # ------------------------------------------------------------------------------ checks
