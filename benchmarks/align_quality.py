@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import wspace
 from wspace.align import match, match_many, objective
-from wspace.align.activations import match_activations
+from wspace.align.activations.pairs import match_activations
 from wspace.align.barrier import LossPath, lent, loss_path
 from wspace.align.merge import merge
 from wspace.batchnorm import reestimate

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import wspace
 from wspace.align import ActivationMatching, match_activations
-from wspace.align.moments import Moments, network
+from wspace.align.activations.moments import Moments, network
 from wspace.errors import MeasureError, SpaceMismatch
 from wspace.space import WeightSpace
 from wspace.testing import TOLERANCE

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import wspace
 from wspace.action import KINDS, State, Transform
-from wspace.align.balance import balance
-from wspace.align.canonical import canonical, canonicalize
+from wspace.align.canonical.balance import balance
+from wspace.align.canonical.form import canonical, canonicalize
 from wspace.errors import SpaceMismatch
 from wspace.space import Axis, Gauge, Group, Param, WeightSpace
 from wspace.testing import TOLERANCE, assert_close, assert_same

@@ -12,12 +12,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import wspace
-from wspace.align.assign import Ask, Assigner, inner_product
-from wspace.nn.pieces import pieces
-from wspace.align.quadratic import EVERY, quadratic, value
-from wspace.align.signs import Shift, Similarity
-from wspace.align.sinkhorn import normalised
+from wspace.align.matching.assign import Ask, Assigner, inner_product
+from wspace.align.matching.quadratic import EVERY, quadratic, value
+from wspace.align.matching.signs import Shift, Similarity
+from wspace.align.matching.sinkhorn import normalised
 from wspace.nn.basis import cells
+from wspace.nn.pieces import pieces
 from wspace.testing import TOLERANCE, assert_close, assert_same
 
 TIGHT = TOLERANCE[torch.float64]

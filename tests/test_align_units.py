@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import wspace
 from wspace.align import compare_units
-from wspace.align.units import UnitReport, unexplained
+from wspace.align.activations.units import UnitReport, unexplained
 from wspace.errors import MeasureError, SpaceMismatch
 from wspace.report import plot_units
 
@@ -127,7 +127,7 @@ def test_unexplained(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
         for s in map(list, combinations(range(9), 6))
     )
     assert float(found[6, 0]) >= best - 1e-9
-    monkeypatch.setattr("wspace.align.units.CHUNK", 100)
+    monkeypatch.setattr("wspace.align.activations.units.CHUNK", 100)
     assert torch.equal(unexplained(*tables, terms=6), found)
     twice = unexplained(tables[0], tables[1][:, [0, 0]], tables[2][[0, 0]][:, [0, 0]], terms=5)
     assert twice.shape == (3, 5)

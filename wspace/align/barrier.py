@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wspace.action import State, Transform, act
 from wspace.align.combine import Kind, check_kind, interpolated
-from wspace.align.match import match
+from wspace.align.matching.match import match
 from wspace.align.merge import check_agreement, combines
 from wspace.batchnorm import Batches, reestimate
 from wspace.errors import MeasureError, MergeError, message

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from wspace.action import State, act
-from wspace.align.match import match
+from wspace.align.matching.match import match
 from wspace.align.merge import check_agreement
 from wspace.batchnorm import moved
 from wspace.errors import MeasureError, message

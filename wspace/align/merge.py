@@ -22,8 +22,8 @@ from torch import Tensor
 
 from wspace.action import State
 from wspace.align.combine import Kind, Method, Name, check_kind, interpolated, merged
-from wspace.align.match import match, match_many
-from wspace.align.pairing import Moved, batch_of
+from wspace.align.matching.match import match, match_many
+from wspace.align.matching.pairing import Moved, batch_of
 from wspace.errors import MergeError, message
 from wspace.io import LazyState
 from wspace.io.layout import tied_names

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wspace.align.match import match
+from wspace.align.matching.match import match
 from wspace.augment.approximate import Noise
 from wspace.augment.augmentation import (
     Augment,

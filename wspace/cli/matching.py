@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wspace.action import KINDS
 from wspace.align import Matching, match
-from wspace.align.match import STARTS
+from wspace.align.matching.match import STARTS
 from wspace.cli import screen
 from wspace.cli.networks import Networks
 from wspace.errors import WSpaceError, message

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wspace.align.units import GroupUnits, UnitReport
+from wspace.align.activations.units import GroupUnits, UnitReport
 from wspace.errors import MeasureError, message
 from wspace.report.drawing import pooled, short
 from wspace.report.page import figure_bytes, write_whole

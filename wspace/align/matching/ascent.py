@@ -6,12 +6,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from wspace.align.assign import Ask, inner_product
-from wspace.align.blocks import Block, Moves
-from wspace.align.rigid import rearranged, turned
-from wspace.align.signs import Key, Shift, Similarity
-from wspace.align.symmetry import Symmetry
-from wspace.align.together import Part, joined, parts_of
+from wspace.align.matching.assign import Ask, inner_product
+from wspace.align.matching.blocks import Block, Moves
+from wspace.align.matching.rigid import rearranged, turned
+from wspace.align.matching.signs import Key, Shift, Similarity
+from wspace.align.matching.symmetry import Symmetry
+from wspace.align.matching.together import Part, joined, parts_of
 from wspace.nn.pieces import Slot
 
 SAFETY = 4.0

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from wspace.action import Transform, shape_of
 from wspace.action.places import axis_source
-from wspace.align.assign import Assigner
-from wspace.align.moments import Inputs, Network, Pair, Seen, network
-from wspace.align.signs import Similarity
+from wspace.align.activations.moments import Inputs, Network, Pair, Seen, network
+from wspace.align.matching.assign import Assigner
+from wspace.align.matching.signs import Similarity
 from wspace.batchnorm import Batches
 from wspace.errors import SpaceMismatch, message
 from wspace.space import Axis, Group, WeightSpace

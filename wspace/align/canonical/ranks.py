@@ -16,7 +16,7 @@ from math import ceil, log2, prod
 import torch
 from torch import Tensor
 
-from wspace.align.laying import Course
+from wspace.align.canonical.laying import Course
 from wspace.nn.pieces import Piece, by_unit, laid, pieces, places
 
 MIXES = 61

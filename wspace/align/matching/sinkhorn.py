@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wspace.align.ascent import Ascent
-from wspace.align.assign import Assigner
-from wspace.align.blocks import Block
+from wspace.align.matching.ascent import Ascent
+from wspace.align.matching.assign import Assigner
+from wspace.align.matching.blocks import Block
 
 TEMPERATURES = tuple(0.7**k for k in range(12))
 """Of the annealing, in units of the spread of the costs; from nearly uniform to nearly hard."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from wspace.action import State, Transform, moved
-from wspace.align.assign import inner_product
-from wspace.align.blocks import Block
+from wspace.align.matching.assign import inner_product
+from wspace.align.matching.blocks import Block
 from wspace.errors import SpaceMismatch, message
 from wspace.nn.pieces import Piece, pieces
 from wspace.space import WeightSpace

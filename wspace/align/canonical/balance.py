@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wspace.action import State, Transform, shape_of
-from wspace.align.laying import batch_of
+from wspace.align.canonical.laying import batch_of
 from wspace.nn.pieces import Piece, pieces, places
 from wspace.space import WeightSpace
 

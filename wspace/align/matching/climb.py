@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wspace.align.ascent import Ascent
-from wspace.align.assign import Assigner
+from wspace.align.matching.ascent import Ascent
+from wspace.align.matching.assign import Assigner
 
 
 @dataclass

@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from wspace.align.laying import Course, odd
+from wspace.align.canonical.laying import Course, odd
 from wspace.nn.pieces import Piece, by_unit, laid, pieces
 
 NEAR = 1e-9

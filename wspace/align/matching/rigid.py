@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wspace.align.assign import Ask
-from wspace.align.blocks import Block
-from wspace.align.quadratic import EVERY, quadratic
+from wspace.align.matching.assign import Ask
+from wspace.align.matching.blocks import Block
+from wspace.align.matching.quadratic import EVERY, quadratic
 
 if TYPE_CHECKING:
-    from wspace.align.ascent import Ascent
+    from wspace.align.matching.ascent import Ascent
 
 Blocks = Sequence[Block]
 

@@ -15,7 +15,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from wspace.align.assign import Ask
+from wspace.align.matching.assign import Ask
 
 EVERY = 5
 """Up to so many units, all permutations are tried."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from wspace.action import KINDS, State, Transform, compose, identity, inverse
-from wspace.align.ascent import Ascent
-from wspace.align.assign import Assigner
-from wspace.align.balance import balance
-from wspace.align.blocks import Moves
-from wspace.align.climb import Climb, climb
-from wspace.align.pairing import Mean, Moved, Pairing, batch_of, pair
-from wspace.align.starts import STARTS, WORKED_OUT, begin
-from wspace.align.symmetry import Symmetry, symmetry_of
+from wspace.align.canonical.balance import balance
+from wspace.align.matching.ascent import Ascent
+from wspace.align.matching.assign import Assigner
+from wspace.align.matching.blocks import Moves
+from wspace.align.matching.climb import Climb, climb
+from wspace.align.matching.pairing import Mean, Moved, Pairing, batch_of, pair
+from wspace.align.matching.starts import STARTS, WORKED_OUT, begin
+from wspace.align.matching.symmetry import Symmetry, symmetry_of
 from wspace.errors import SpaceMismatch, message
 from wspace.space import WeightSpace
 

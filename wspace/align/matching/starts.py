@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from wspace.align.ascent import Ascent
-from wspace.align.assign import Assigner
-from wspace.align.blocks import Block
-from wspace.align.climb import apart
-from wspace.align.sinkhorn import anneal
+from wspace.align.matching.ascent import Ascent
+from wspace.align.matching.assign import Assigner
+from wspace.align.matching.blocks import Block
+from wspace.align.matching.climb import apart
+from wspace.align.matching.sinkhorn import anneal
 
 WORKED_OUT = ("forward", "sinkhorn")
 STARTS = (*WORKED_OUT, "identity", "random")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from wspace.align.assign import Ask, inner_product
-from wspace.align.blocks import Block, Moves, laid
-from wspace.align.signs import Key, Similarity
-from wspace.align.symmetry import Symmetry
+from wspace.align.matching.assign import Ask, inner_product
+from wspace.align.matching.blocks import Block, Moves, laid
+from wspace.align.matching.signs import Key, Similarity
+from wspace.align.matching.symmetry import Symmetry
 from wspace.nn.pieces import Slot
 
 if TYPE_CHECKING:
-    from wspace.align.ascent import Ascent
+    from wspace.align.matching.ascent import Ascent
 
 SIGNS = 3
 """So many signs of one group are chosen together with its permutation; others are turned after."""
@@ -135,7 +135,7 @@ def _exact(symmetry: Symmetry, inside: list[tuple[Slot, ...]], extent: Mapping[s
 
 def _ascent(symmetry: Symmetry, inner: Sequence[Inner], extent: Mapping[str, int]) -> "Ascent":
     """The problem within units; A and B are ``(rows, *slots, rest)``."""
-    from wspace.align.ascent import Ascent
+    from wspace.align.matching.ascent import Ascent
 
     blocks = [Block(x.slots, lambda x=x: (x.a, x.b), _error(x.a, x.b)) for x in inner]
     return Ascent(blocks, symmetry, extent, len(inner[0].a), inner[0].a.device)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from wspace.action.places import axis_source
-from wspace.align.activations import ActivationMatching, assigned
-from wspace.align.assign import Assigner
-from wspace.align.moments import Inputs, Network, Pair, SeenSite, network
+from wspace.align.activations.moments import Inputs, Network, Pair, SeenSite, network
+from wspace.align.activations.pairs import ActivationMatching, assigned
+from wspace.align.matching.assign import Assigner
 from wspace.batchnorm import Batches
 from wspace.space import Axis, WeightSpace
 from wspace.trace.observe import Observer

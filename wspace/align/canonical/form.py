@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from wspace.action import KINDS, State, Transform, act
-from wspace.align.balance import balance
-from wspace.align.laying import Course
-from wspace.align.parity import signs
-from wspace.align.ranks import Ranks, moved_ranks, sorting
+from wspace.align.canonical.balance import balance
+from wspace.align.canonical.laying import Course
+from wspace.align.canonical.parity import signs
+from wspace.align.canonical.ranks import Ranks, moved_ranks, sorting
 from wspace.errors import SpaceMismatch, message
 from wspace.nn.pieces import by_unit, pieces
 from wspace.space import WeightSpace

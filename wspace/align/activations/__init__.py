@@ -1,0 +1,1 @@
+"""Units compared by what they compute: moments of activations, pairs, and reports."""

@@ -1,0 +1,1 @@
+"""One form for every state of an orbit: balanced scales, ranked units, settled signs."""
