@@ -7,13 +7,11 @@ None are found by watching what the constructor asks for.
 """
 
 import copy
-import json
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -21,17 +19,13 @@ import torch
 from torch import nn
 
 from wspace.errors import PruneError, message
-from wspace.space import Axis, WeightSpace
-from wspace.trace import polynomials
-from wspace.trace.numbers import Attribute
+from wspace.prune.config_build import Observable, Observer
 from wspace.trace.polynomials import Polynomial
-from wspace.trace.sandbox import persistent_float_buffers
-from wspace.trace.sizes import Sizes, find_sizes
 
 Field = tuple[str | int, ...]
 """Path of a number in a config: ``("hidden_size",)``, ``("text_config", "hidden_sizes", 2)``."""
-Shapes = dict[str, tuple[int, ...]]
-STEPS: tuple[Callable[[int], int], ...] = (
+Number = int | float
+STEPS: tuple[Callable[[Number], Number], ...] = (
     lambda v: 2 * v,
     lambda v: 3 * v,
     lambda v: v + 1,
@@ -45,26 +39,6 @@ ENOUGH = 2
 """Builds that succeed with another value, after which a field is known."""
 GUESSES = (8, 16, 12, 24, 4)
 """Values for a field that is None or absent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Observable:
-    """A whole number of a built model.
-
-    Attributes:
-        name: Tensor, or first member of a family, or path of an attribute.
-        dim: Dimension of the tensor; -1 for the number of members, -2 for an attribute.
-        attribute: The attribute.
-    """
-
-    name: str
-    dim: int
-    attribute: Attribute | None = None
-
-    def __str__(self) -> str:
-        if self.dim == -2:
-            return f"attribute {self.name!r}"
-        return f"{self.name!r}, " + ("branches" if self.dim < 0 else f"dimension {self.dim}")
 
 
 @dataclass(frozen=True)
@@ -95,14 +69,14 @@ class Fields:
     """
 
     config: Any
-    values: dict[Field, int]
+    values: dict[Field, Number]
     observed: dict[Observable, int]
     sizes: dict[Observable, Polynomial]
     responses: dict[Observable, dict[Field, Response]]
     explicit: tuple[Field, ...] = ()
     joined: Mapping[Field, tuple[Field, ...]] = field(default_factory=dict)
 
-    def changed(self, values: Mapping[Field, int]) -> Any:
+    def changed(self, values: Mapping[Field, Number]) -> Any:
         """A copy of the config with other numbers, joined fields along.
 
         Args:
@@ -124,177 +98,16 @@ class Fields:
         return found
 
 
-# ------------------------------------------------------------------------------ a build
-
-
-@dataclass(frozen=True)
-class _Key:
-    """What a build depends on; the config itself is along for the ride."""
-
-    kind: type[nn.Module]
-    text: str
-    config: Any = field(compare=False, repr=False)
-
-
-def build_meta(kind: type[nn.Module], config: Any) -> nn.Module:
-    """A model of a class and config, without memory.
-
-    Args:
-        kind: The class.
-        config: Its config; copied.
-
-    Returns:
-        The model, on the meta device.
-    """
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind(copy.deepcopy(config))
-
-
-def shapes_of(module: nn.Module) -> Shapes:
-    """Shapes of all parameters and persistent float buffers, tied names too."""
-    found = {n: tuple(x.shape) for n, x in module.named_parameters(remove_duplicate=False)}
-    return found | {n: tuple(x.shape) for n, x in persistent_float_buffers(module)}
-
-
-def text_of(config: Any) -> str:
-    """A config as text, by which two are compared."""
-    return json.dumps(config.to_dict(), sort_keys=True, default=str)
-
-
-@lru_cache(maxsize=1024)
-def _built(key: _Key, attributes: tuple[Attribute, ...]) -> tuple[Shapes, tuple[Any, ...]] | None:
-    """Shapes and attributes of a build; None if the class refuses the config."""
-    try:
-        module = build_meta(key.kind, key.config)
-    except Exception:  # noqa: BLE001  (a config may be refused in any way)
-        return None
-    return shapes_of(module), tuple(value_of(module, a) for a in attributes)
-
-
-def value_of(module: nn.Module, attribute: Attribute) -> Any:
-    """What an attribute of a module is; None if it is not there."""
-    held: Any = dict(module.named_modules()).get(attribute.path)
-    for step in attribute.chain:
-        held = getattr(held, step, None)
-    if attribute.index is None:
-        return held
-    try:
-        return held[attribute.index]
-    except (TypeError, IndexError, KeyError):
-        return None
-
-
-# ---------------------------------------------------------------------------- observing
-
-
-class Observer:
-    """Builds a class from changed configs and reads off the observables of a space.
-
-    Args:
-        module: A model of the space; only its class and config are used.
-        space: Its weight space.
-        sizes: Numbers in its code; without, only tensors are observed.
-    """
-
-    def __init__(self, module: nn.Module, space: WeightSpace, sizes: Sizes | None = None) -> None:
-        self.kind: type[nn.Module] = type(module)
-        self.space = space
-        self.forms: dict[Observable, Polynomial] = {
-            Observable(p.name, d): polynomials.of_axis(axis)
-            for p in space.params
-            for d, axis in enumerate(p.axes)
-            if p.at is None
-        }
-        self.families = _families(space)
-        for name, (_, group) in self.families.items():
-            self.forms[Observable(name, -1)] = {(group,): Fraction(1)}
-        for p in space.params:  # slices of a family: the first that is there stands for all
-            if p.at is not None and p.family == p.name:
-                for d, axis in enumerate(p.axes):
-                    self.forms[Observable(p.name, d)] = polynomials.of_axis(axis)
-        for r in sizes.requirements if sizes else ():
-            if isinstance(r.number, Attribute) and isinstance(r.axis, Axis):
-                o = Observable(_path(r.number), -2, r.number)
-                self.forms.setdefault(o, polynomials.of_axis(r.axis))
-        self.attributes = tuple(o.attribute for o in self.forms if o.attribute is not None)
-
-    def observe_built(self, module: nn.Module) -> dict[Observable, int]:
-        """The attributes of a model that is built already.
-
-        Args:
-            module: A model of the class.
-
-        Returns:
-            Observable → value, attributes only.
-        """
-        found = {o: value_of(module, o.attribute) for o in self.forms if o.attribute is not None}
-        return {o: v for o, v in found.items() if isinstance(v, int)}
-
-    def observe(self, config: Any) -> dict[Observable, int] | None:
-        """The observables of a build.
-
-        Args:
-            config: A config of the class.
-
-        Returns:
-            Observable → value; None if the class refuses the config, or the model has other
-            tensors than the space apart from branches.
-        """
-        built = _built(_Key(self.kind, text_of(config), config), self.attributes)
-        if built is None:
-            return None
-        shapes, attributes = built
-        branches = {n for n in shapes if any(q.match(n) for q, _ in self.families.values())}
-        wanted = {n for p in self.space.params if p.at is None for n in (p.name, *p.ties)}
-        if shapes.keys() - branches != wanted:
-            return None
-        read = dict(zip(self.attributes, attributes, strict=True))
-        found: dict[Observable, int] = {}
-        for o in self.forms:
-            if o.attribute is not None:
-                value = read[o.attribute]
-            elif o.dim < 0:
-                value = sum(bool(self.families[o.name][0].match(n)) for n in shapes)
-            else:
-                shape = shapes.get(o.name, ())
-                value = shape[o.dim] if o.dim < len(shape) else None
-            if isinstance(value, int) and not isinstance(value, bool):
-                found[o] = value
-        return found
-
-
-def _path(a: Attribute) -> str:
-    index = "" if a.index is None else f"[{a.index}]"
-    return ".".join(filter(None, (a.path, *a.chain))) + index
-
-
-def _families(space: WeightSpace) -> dict[str, tuple[re.Pattern[str], str]]:
-    """First member of each family → pattern of the names of members, and the group."""
-    members: dict[str, list[str]] = {}
-    group: dict[str, str] = {}
-    for p in space.params:
-        if p.at is not None:
-            members.setdefault(p.family, []).append(p.name)
-            group[p.family] = p.at[0]
-    found: dict[str, tuple[re.Pattern[str], str]] = {}
-    for family, names in members.items():
-        columns = zip(*(n.split(".") for n in names), strict=False)
-        words = [re.escape(w[0]) if len(set(w)) == 1 else r"\d+" for w in columns]
-        found[family] = re.compile(r"\.".join(words) + "$"), group[family]
-    return found
-
-
 # ------------------------------------------------------------------- fields of a config
 
 
-def numbers_in(config: Any) -> Iterator[tuple[Field, int]]:
-    """Every whole number above zero in a config and the configs and lists in it."""
+def numbers_in(config: Any) -> Iterator[tuple[Field, Number]]:
+    """Every number above zero in a config and the configs and lists in it."""
     yield from _numbers(config, ())
 
 
-def _numbers(held: Any, path: Field) -> Iterator[tuple[Field, int]]:
-    if isinstance(held, int) and not isinstance(held, bool):
+def _numbers(held: Any, path: Field) -> Iterator[tuple[Field, Number]]:
+    if isinstance(held, int | float) and not isinstance(held, bool):
         if held > 0:
             yield path, held
     elif isinstance(held, list | tuple):
@@ -306,7 +119,7 @@ def _numbers(held: Any, path: Field) -> Iterator[tuple[Field, int]]:
                 yield from _numbers(x, (*path, name))
 
 
-def changed(config: Any, values: Mapping[Field, int]) -> Any:
+def changed(config: Any, values: Mapping[Field, Number]) -> Any:
     """A copy of a config with other numbers.
 
     Args:
@@ -322,7 +135,7 @@ def changed(config: Any, values: Mapping[Field, int]) -> Any:
     return out
 
 
-def _set(held: Any, path: Field, value: int) -> None:
+def _set(held: Any, path: Field, value: Number) -> None:
     step, *rest = path
     inner: Any = None
     if rest:
@@ -340,17 +153,16 @@ def _set(held: Any, path: Field, value: int) -> None:
         setattr(held, step, new)
 
 
-def _open(kind: type[nn.Module], config: Any) -> list[Field]:
+def _open(kind: Callable[[Any], nn.Module], config: Any) -> list[Field]:
     """Fields that the constructor asks for and that the config does not state."""
     asked: list[Field] = []
     watched = copy.deepcopy(config)
     for path, inner in _configs(watched, ()):
         _watch(inner, path, asked)
     try:
-        build = kind
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build(watched)
+            kind(watched)
     except Exception:  # noqa: BLE001  (the class may look at the type of its config)
         return []
     return list(dict.fromkeys(asked))
@@ -408,7 +220,7 @@ def probe(observer: Observer, config: Any, *, explicit: bool = False) -> Fields 
     values = dict(numbers_in(config))
     responses: dict[Observable, dict[Field, Response]] = {}
     joined: dict[Field, tuple[Field, ...]] = {}
-    stuck: dict[int, list[Field]] = {}
+    stuck: dict[Number, list[Field]] = {}
     for f, v in values.items():
         runs = _runs(observer, config, (f,), v)
         if not runs:
@@ -435,12 +247,12 @@ def _sets(fields: list[Field]) -> Iterator[tuple[Field, ...]]:
 
 
 def _runs(
-    observer: Observer, config: Any, fields: tuple[Field, ...], v: int
-) -> list[tuple[int, dict[Observable, int]]]:
+    observer: Observer, config: Any, fields: tuple[Field, ...], v: Number
+) -> list[tuple[Number, dict[Observable, int]]]:
     """Builds with another value of some fields that are one value: value and what is seen."""
-    runs: list[tuple[int, dict[Observable, int]]] = []
+    runs: list[tuple[Number, dict[Observable, int]]] = []
     for value in dict.fromkeys(step(v) for step in STEPS):
-        if value < 1 or value == v:
+        if value <= 0 or value == v:
             continue
         seen = observer.observe(changed(config, dict.fromkeys(fields, value)))
         if seen is not None:
@@ -451,7 +263,7 @@ def _runs(
 
 
 def _responses(
-    base: Mapping[Observable, int], v: int, runs: list[tuple[int, dict[Observable, int]]]
+    base: Mapping[Observable, int], v: Number, runs: list[tuple[Number, dict[Observable, int]]]
 ) -> dict[Observable, Response]:
     return {
         o: _response(v, now, [(x, seen.get(o, now)) for x, seen in runs])
@@ -460,13 +272,13 @@ def _responses(
     }
 
 
-def _response(v: int, now: int, seen: Iterable[tuple[int, int]]) -> Response:
+def _response(v: Number, now: int, seen: Iterable[tuple[Number, int]]) -> Response:
     points = list(seen)
     if all(y * v == now * x for x, y in points):
         return Response("times")
     if all(y * x == now * v or y == now * v // x for x, y in points):
         return Response("over")
-    slopes = {Fraction(y - now, x - v) for x, y in points}
+    slopes = {(y - now) / (Fraction(x) - Fraction(v)) for x, y in points}
     return Response("plus", slopes.pop()) if len(slopes) == 1 else Response("other")
 
 
@@ -499,46 +311,10 @@ def _implied(
     return None
 
 
-# ------------------------------------------------------------------------- of a model
-
-
-def has_config(module: nn.Module) -> bool:
-    """Whether a module is a Hugging Face model that can be built from its config."""
-    kinds = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__}
-    return "transformers.modeling_utils.PreTrainedModel" in kinds
-
-
 def named(f: Field) -> str:
     """A field as it is written in Python: ``text_config.hidden_sizes[2]``."""
     text = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in f)
     return text.removeprefix(".")
-
-
-def observer_of(module: nn.Module, space: WeightSpace, sizes: Sizes | None) -> Observer:
-    """An observer of a Hugging Face model.
-
-    Args:
-        module: The model.
-        space: Its weight space.
-        sizes: Numbers in its code; found on the inputs of the trace when None.
-
-    Returns:
-        The observer.
-
-    Raises:
-        PruneError: If it is no Hugging Face model.
-    """
-    if not has_config(module):
-        raise PruneError(
-            message(
-                f"prune: {type(module).__name__} has no config to be built from",
-                expected="a Hugging Face model, a transformers.PreTrainedModel",
-                help='pass rebuild="copy"',
-            )
-        )
-    if sizes is None and space.example is not None:
-        sizes = find_sizes(space, module, *space.example)
-    return Observer(module, space, sizes)
 
 
 def probed(observer: Observer, module: nn.Module, *, explicit: bool) -> Fields:

@@ -9,18 +9,8 @@ from typing import Any
 from torch import nn
 
 from wspace.errors import PruneError, message
-from wspace.prune.config_fields import (
-    Field,
-    Fields,
-    Observable,
-    Observer,
-    Response,
-    build_meta,
-    named,
-    observer_of,
-    probed,
-    shapes_of,
-)
+from wspace.prune.config_build import Observable, Observer, build_meta, observer_of, shapes_of
+from wspace.prune.config_fields import Field, Fields, Number, Response, named, probed
 from wspace.prune.restriction import Restriction
 from wspace.trace.sizes import Sizes
 
@@ -92,14 +82,14 @@ def _targets(observer: Observer, fields: Fields, few: Restriction) -> dict[Obser
 
 def _solved(
     fields: Fields, targets: Mapping[Observable, int]
-) -> tuple[Iterator[dict[Field, int]], list[str]]:
+) -> tuple[Iterator[dict[Field, Number]], list[str]]:
     """Values of fields that fit: first what follows, then what is left to try; or why none do."""
     wrong = [
         f"{o} would be {targets[o]} instead of {fields.observed[o]}, which no field says"
         for o in targets
         if targets[o] != fields.observed[o] and not fields.responses.get(o) and o.dim > -2
     ]
-    known: dict[Field, int] = {}
+    known: dict[Field, Number] = {}
     source: dict[Field, Observable] = {}
     while not wrong:
         votes = _votes(fields, targets, known)
@@ -118,11 +108,11 @@ def _solved(
     return _combined(fields, known, targets), wrong
 
 
-Votes = dict[Field, dict[int, list[Observable]]]
+Votes = dict[Field, dict[Number, list[Observable]]]
 
 
 def _votes(
-    fields: Fields, targets: Mapping[Observable, int], known: Mapping[Field, int]
+    fields: Fields, targets: Mapping[Observable, int], known: Mapping[Field, Number]
 ) -> Votes:
     """What follows for fields that are the only unknown one of an observable: value → which."""
     votes: Votes = {}
@@ -138,7 +128,7 @@ def _votes(
 def _contradicted(
     fields: Fields,
     targets: Mapping[Observable, int],
-    known: Mapping[Field, int],
+    known: Mapping[Field, Number],
     source: Mapping[Field, Observable],
 ) -> list[str]:
     """Tensors that would need another value of a field than follows from others."""
@@ -161,12 +151,12 @@ def _first(seen: list[Observable]) -> Observable:
 
 def _combined(
     fields: Fields,
-    known: Mapping[Field, int],
+    known: Mapping[Field, Number],
     targets: Mapping[Observable, int],
-) -> Iterator[dict[Field, int]]:
+) -> Iterator[dict[Field, Number]]:
     """Combinations of values of the fields that do not follow from others, likely ones first."""
     yield dict(known)
-    choices: dict[Field, list[int]] = {}
+    choices: dict[Field, list[Number]] = {}
     for o, by in fields.responses.items():
         for f in by:
             if f in known or o not in targets:
@@ -182,8 +172,8 @@ def _combined(
 
 
 def _value(
-    fields: Fields, o: Observable, f: Field, known: Mapping[Field, int], target: int
-) -> int | None:
+    fields: Fields, o: Observable, f: Field, known: Mapping[Field, Number], target: int
+) -> Number | None:
     """The value of a field that gives an observable, others known or as they are; None if none."""
     factor, extra = Fraction(1), Fraction(0)
     own: Response | None = None
@@ -195,22 +185,24 @@ def _value(
         if r.kind == "other" and new != now:
             return None
         if r.kind == "times":
-            factor *= Fraction(new, now)
+            factor *= Fraction(new) / Fraction(now)
         elif r.kind == "over":
-            factor *= Fraction(now, new)
+            factor *= Fraction(now) / Fraction(new)
         elif r.kind == "plus":
-            extra += r.slope * (new - now)
-    base, v = fields.observed[o], fields.values[f]
+            extra += r.slope * (Fraction(new) - Fraction(now))
+    base, v = fields.observed[o], Fraction(fields.values[f])
     if own is None:
         return None
     if own.kind == "plus":
         value = v + (target / factor - base - extra) / own.slope
     elif own.kind == "times":
-        value = v * Fraction(target) / ((base + extra) * factor) if base + extra else Fraction(0)
+        value = v * target / ((base + extra) * factor) if base + extra else Fraction(0)
     elif own.kind == "over":
         value = v * (base + extra) * factor / target if target else Fraction(0)
     else:
-        value = Fraction(v if target == base else 0)
+        value = v if target == base else Fraction(0)
+    if isinstance(fields.values[f], float):
+        return float(value) if value > 0 else None
     return int(value) if value.denominator == 1 and value > 0 else None
 
 
