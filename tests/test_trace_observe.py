@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import wspace
 from wspace.action import Transform
 from wspace.action.places import axis_source
-from wspace.align.moments import network
+from wspace.align.activations.moments import network
 from wspace.errors import SpaceMismatch, TraceError
 from wspace.space import Axis, WeightSpace
 from wspace.testing import TOLERANCE
