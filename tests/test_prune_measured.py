@@ -202,6 +202,31 @@ def test_permuted_networks_have_permuted_scores(name: str, generator: torch.Gene
         assert any(not torch.allclose(two[g], one[g]) for g in one)  # control
 
 
+def test_what_gradients_say_does_not_depend_on_scales(generator: torch.Generator) -> None:
+    """A ReLU network may be rescaled unit by unit: magnitudes change, effects do not."""
+    module, args, kwargs = build("mlp")
+    space = wspace.trace(module, args, kwargs)
+    t = wspace.sample(space, generator=generator, kinds=("scale",))
+    twin = build("mlp")[0]
+    twin.load_state_dict(wspace.act(t, module.state_dict(), space))
+    data: list[Batch] = [(args, kwargs)]
+    signs = torch.Generator()
+    for importance in (
+        Taylor(data, square),
+        Taylor(data, square, "entry"),
+        HessianDiagonal(data, square),
+        HessianDiagonal(data, square, "hutchinson", generator=signs),
+    ):
+        signs.manual_seed(1)
+        one = importance(module, space)
+        signs.manual_seed(1)
+        two = importance(twin, space)
+        for g, x in one.items():
+            torch.testing.assert_close(two[g], x, rtol=1e-9, atol=1e-10)
+    a, b = Magnitude()(module, space), Magnitude()(twin, space)
+    assert all(not torch.allclose(a[g], b[g]) for g in a)  # control
+
+
 def noisy() -> nn.Module:
     return nn.Sequential(
         nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.ReLU(), nn.Linear(7, 2)

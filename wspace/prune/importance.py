@@ -12,6 +12,8 @@ that need data are in `measured`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Protocol, get_args, runtime_checkable
 
 import torch
@@ -329,8 +331,9 @@ class FPGM:
                     every[slot.group].append((space[piece.names[0]].role, (piece, k)))
         found: Scores = {}
         for group, slots in every.items():
-            products = [gram(state, *slot, len(batch)) for slot in counted(slots, self.shifts)]
-            if products:
+            used = counted(slots, self.shifts)
+            if used:
+                products = reduce(add, (gram(state, *slot, len(batch)) for slot in used))
                 shape = shape_of(space.groups[group], space)
                 found[group] = distances(products).reshape(*batch, *shape)
         return completed("FPGM", found, self.otherwise, state, space)

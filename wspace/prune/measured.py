@@ -104,9 +104,10 @@ class HessianDiagonal:
 
     - ``"fisher"``: the empirical Fisher information :math:`g_b(w)^2`, from the gradient of each
       batch: for the usual one, of examples, give batches of one. Never negative;
-    - ``"hutchinson"``: :math:`z \odot H z` with random signs z, an unbiased estimate of the
-      diagonal itself, exact where the Hessian is diagonal. It needs second derivatives, is noisy,
-      and is negative where the loss curves down.
+    - ``"hutchinson"``: the Hessian's own, by an estimate without bias of all :math:`h(w)\, w^2`,
+      :math:`zw \odot H (zw)` with random signs z; exact where the Hessian is diagonal. (The weights
+      stand inside, so that noise does not depend on the scale of units either.) It needs second
+      derivatives, is noisy, and is negative where the loss curves down.
 
     Attributes:
         batches: As for `Taylor`.
@@ -153,33 +154,29 @@ class HessianDiagonal:
         with _lent("HessianDiagonal", module, space, self.batches) as run:
             count = 0
             for loss in run(self.batches, self.loss):
-                for diagonal in self._fisher(run, loss) if fisher else self._hutchinson(run, loss):
-                    saliency = run.times_weights(run.times_weights(diagonal))
+                for saliency in self._fisher(run, loss) if fisher else self._hutchinson(run, loss):
                     for group, x in run.totals(saliency).items():
                         found[group] = found.get(group, 0) + x / 2
                     count += 1
         return _mean("HessianDiagonal", found, count, run.weights, space)
 
     def _fisher(self, run: "_Run", loss: Tensor) -> Iterator[dict[str, Tensor]]:
-        yield {name: g.square() for name, g in run.gradients(loss).items()}
+        yield {n: x.square() for n, x in run.times_weights(run.gradients(loss)).items()}
 
     def _hutchinson(self, run: "_Run", loss: Tensor) -> Iterator[dict[str, Tensor]]:
         first = run.gradients(loss, again=True)
         for _ in range(self.samples):
-            signs = {
-                name: torch.empty(x.shape)
-                .bernoulli_(0.5, generator=self.generator)
-                .mul_(2)
-                .sub_(1)
-                .to(x.device, x.dtype)
-                for name, x in first.items()
-            }
-            along = torch.stack([(first[n] * z).sum() for n, z in signs.items()]).sum()
+            signed = run.times_weights({n: self._signs(x) for n, x in first.items()})
+            along = torch.stack([(first[n] * x).sum() for n, x in signed.items()]).sum()
             if along.requires_grad:
                 second = run.gradients(along, kept=True)
-                yield {name: z * second[name] for name, z in signs.items()}
+                yield {n: x * second[n] for n, x in signed.items()}
             else:  # the loss is linear
-                yield {name: torch.zeros_like(x) for name, x in first.items()}
+                yield {n: torch.zeros_like(x) for n, x in signed.items()}
+
+    def _signs(self, like: Tensor) -> Tensor:
+        signs = torch.empty(like.shape).bernoulli_(0.5, generator=self.generator) * 2 - 1
+        return signs.to(like.device, like.dtype)
 
 
 @dataclass(frozen=True)

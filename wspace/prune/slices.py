@@ -214,12 +214,11 @@ def _ruling(piece: Piece, j: int) -> set[int]:
     return over.union(*(_ruling(piece, i) for i in over))
 
 
-def distances(products: list[Tensor]) -> Tensor:
-    """Sums of distances to all others from inner products of each slice: ``(contexts, n)``."""
-    total = sum(products[1:], products[0])
-    norms = total.diagonal(dim1=-2, dim2=-1)
+def distances(products: Tensor) -> Tensor:
+    """Sums of distances to all others from inner products: ``(contexts, n)``."""
+    norms = products.diagonal(dim1=-2, dim2=-1)
     both = norms[:, :, None] + norms[:, None, :]
-    square = both - 2 * total
+    square = both - 2 * products
     return torch.where(square <= SAME * both, 0.0, square).sqrt().sum(-1)  # NaN stays
 
 
