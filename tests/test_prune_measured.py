@@ -16,7 +16,6 @@ from wspace.errors import PruneError
 from wspace.prune.importance import Magnitude
 from wspace.prune.measured import ActivationNorm, HessianDiagonal, Taylor
 from wspace.prune.restriction import prunable
-from wspace.prune.slices import weights_of
 from wspace.space import WeightSpace
 from wspace.trace.sandbox import tensors_in
 
@@ -323,14 +322,21 @@ def test_refusals() -> None:
             importance(module, space)
 
 
-def test_groups_that_no_activation_shows(generator: torch.Generator) -> None:
-    """The groups of a weight that is made from others show in the results that depend on data."""
-    module, args, kwargs = build("unused_parameters")
+def test_operators_without_a_second_derivative_are_an_error() -> None:
+    module, args, kwargs = build("mobilenet_v3")
     space = wspace.trace(module, args, kwargs)
-    observed = ActivationNorm([(args, kwargs)], inputs=lambda b: b, otherwise=-1.0)(module, space)
-    hidden = [g for g, x in observed.items() if bool((x == -1).all())]
-    if hidden:
-        with pytest.raises(PruneError, match=hidden[0]):
-            ActivationNorm([(args, kwargs)], inputs=lambda b: b)(module, space)
-    assert observed.keys() == prunable(space).keys()
-    assert weights_of(module).keys() == module.state_dict().keys()
+    with pytest.raises(PruneError, match=r"no second derivative\n.*hardsigmoid"):
+        HessianDiagonal([(args, kwargs)], square, "hutchinson")(module, space)
+
+
+def test_groups_that_no_activation_shows_are_an_error() -> None:
+    module, args, kwargs = build("attention_pool")
+    space = wspace.trace(module, args, kwargs)
+    data: list[Batch] = [(args, kwargs)]
+    with pytest.raises(PruneError, match=r"nothing for 'h2'"):
+        ActivationNorm(data, inputs=lambda b: b)(module, space)
+    found = ActivationNorm(data, inputs=lambda b: b, otherwise=-1.0)(module, space)
+    assert bool((found.pop("h2") == -1).all()) and all(bool((x >= 0).all()) for x in found.values())
+    weights = Magnitude()(module, space)["h2"]
+    found = ActivationNorm(data, inputs=lambda b: b, otherwise=Magnitude())(module, space)
+    assert torch.equal(found["h2"], weights)

@@ -146,7 +146,7 @@ class HessianDiagonal:
             Prunable group → ``(*sizes of over, size)``, float64.
 
         Raises:
-            PruneError: As for `Taylor`.
+            PruneError: As for `Taylor`, or if a second derivative is needed and there is none.
             SpaceMismatch: If the module is not of this space.
         """  # noqa: DOC502 (helpers raise)
         found: Scores = {}
@@ -169,7 +169,8 @@ class HessianDiagonal:
             signed = run.times_weights({n: self._signs(x) for n, x in first.items()})
             along = torch.stack([(first[n] * x).sum() for n, x in signed.items()]).sum()
             if along.requires_grad:
-                second = run.gradients(along, kept=True)
+                with _differentiable():
+                    second = run.gradients(along, kept=True)
                 yield {n: x * second[n] for n, x in signed.items()}
             else:  # the loss is linear
                 yield {n: torch.zeros_like(x) for n, x in signed.items()}
@@ -355,6 +356,23 @@ class _Run:
 def _real(x: Tensor) -> Tensor:
     """Real and imaginary parts as weights of their own: ``(*shape, 2)``."""
     return torch.view_as_real(x) if x.is_complex() else x
+
+
+@contextmanager
+def _differentiable() -> Generator[None]:
+    """Context in which an operator without a second derivative is an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative" not in str(error) or "not implemented" not in str(error):
+            raise
+        raise PruneError(
+            message(
+                "HessianDiagonal: an operator of the module has no second derivative",
+                got=str(error),
+                help="estimate='fisher' needs first derivatives only",
+            )
+        ) from error
 
 
 @contextmanager

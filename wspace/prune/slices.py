@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wspace.action import State
 from wspace.errors import PruneError, message
-from wspace.nn.pieces import Piece, by_unit, pieces, places
+from wspace.nn.pieces import LOW, Piece, by_unit, pieces, places
 from wspace.prune.restriction import prunable
 from wspace.space import Param, Role, WeightSpace
 
@@ -145,7 +145,12 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def powers(state: State, space: WeightSpace, p: float, shifts: bool) -> dict[str, list[Tensor]]:
     """Sums of powers of weights, by group: of the slices that count; groups without are absent."""
     every: dict[str, list[tuple[Role, Tensor]]] = {}
-    power = Tensor.abs if p == 1 else lambda x: x.abs().double() ** p
+
+    def power(x: Tensor) -> Tensor:
+        x = x.abs() if x.is_complex() or p != 2 else x
+        x = x.float() if x.dtype in LOW else x
+        return x if p == 1 else x.square() if p == 2 else x.double() ** p
+
     for group, param, x in unit_slices(state, space, power):
         every.setdefault(group, []).append((param.role, x))
     found = {g: counted(slices, shifts) for g, slices in every.items()}

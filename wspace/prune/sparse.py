@@ -112,10 +112,10 @@ class GroupSparsity:
             SpaceMismatch: If the state does not fit the space.
         """  # noqa: DOC502 (helpers raise)
         terms: list[Tensor] = []
-        for name, gamma in self._laid(self.factors(state)).items():
+        for name, gammas in self._laid(self.factors(state)).items():
             w = state[name]
             square = torch.view_as_real(w).square().sum(-1) if w.is_complex() else w.square()
-            terms.append((square * gamma.to(w.device, square.dtype)).sum())
+            terms += [(square * x.to(w.device, square.dtype)).sum() for x in gammas]
         if not terms:
             return torch.zeros(())
         return torch.stack([t.to(terms[0].dtype) for t in terms]).sum() * (self.strength / 2)
@@ -136,24 +136,22 @@ class GroupSparsity:
         named = dict(module.named_parameters(remove_duplicate=False))
         state = weights_of(module)
         check_finite("GroupSparsity", {}, state, self.space)
-        for name, gamma in self._laid(self.factors(state)).items():
+        for name, gammas in self._laid(self.factors(state)).items():
             p = named[name]
             if not p.requires_grad:
                 continue
-            pull = p.detach() * gamma.to(p.device, p.real.dtype) * self.strength
             if p.grad is None:
-                p.grad = pull
-            else:
-                p.grad.add_(pull)
+                p.grad = torch.zeros_like(p)
+            for x in gammas:
+                p.grad.addcmul_(p.detach(), (x * self.strength).to(p.device, p.dtype))
 
-    def _laid(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Factors summed over the groups of every entry: parameter → ``(*shape)``, broadcasting."""
+    def _laid(self, factors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Factors at the entries of each parameter, for each place of a group; they broadcast."""
         table = {g: torch.cat([x.new_zeros(1), x.flatten()]) for g, x in factors.items()}
-        out: dict[str, Tensor] = {}
-        for name, places in self._places.items():
-            terms = [table[g][i.to(table[g].device)] for g, i in places]
-            out[name] = sum(terms[1:], terms[0])
-        return out
+        return {
+            name: [table[g][i.to(table[g].device)] for g, i in places]
+            for name, places in self._places.items()
+        }
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[str, Tensor]]]:
