@@ -52,6 +52,7 @@ __all__ = [
     "Random",
     "Scores",
     "WeightImportance",
+    "completed",
     "importance_of",
     "unit_sums",
 ]
