@@ -86,7 +86,7 @@ def _built(key: _Key, attributes: tuple[Attribute, ...]) -> tuple[Shapes, tuple[
     """Shapes and attributes of a build; None if the class refuses the config."""
     try:
         module = build_meta(key.kind, key.config)
-    except Exception:  # noqa: BLE001  (a config may be refused in any way)
+    except Exception:  # a config may be refused in any way
         return None
     return shapes_of(module), tuple(value_of(module, a) for a in attributes)
 

@@ -163,7 +163,7 @@ def _open(kind: Callable[[Any], nn.Module], config: Any) -> list[Field]:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kind(watched)
-    except Exception:  # noqa: BLE001  (the class may look at the type of its config)
+    except Exception:  # the class may look at the type of its config
         return []
     return list(dict.fromkeys(asked))
 
@@ -178,11 +178,12 @@ def _configs(config: Any, path: Field) -> Iterator[tuple[Field, Any]]:
 def _watch(config: Any, path: Field, asked: list[Field]) -> None:
     """Makes a config write down which names are read that it does not have, or that are None."""
     kind: type[Any] = type(config)
+    plain: Any = kind.__getattribute__
 
     def read(self: Any, name: str) -> Any:
         public = not name.startswith("_")
         try:
-            value = kind.__getattribute__(self, name)
+            value = plain(self, name)
         except AttributeError:
             if public:
                 asked.append((*path, name))
@@ -220,14 +221,14 @@ def probe(observer: Observer, config: Any, *, explicit: bool = False) -> Fields 
     values = dict(numbers_in(config))
     responses: dict[Observable, dict[Field, Response]] = {}
     joined: dict[Field, tuple[Field, ...]] = {}
-    stuck: dict[Number, list[Field]] = {}
+    stuck: dict[tuple[type, Number], list[Field]] = {}
     for f, v in values.items():
         runs = _runs(observer, config, (f,), v)
         if not runs:
-            stuck.setdefault(v, []).append(f)
+            stuck.setdefault((type(v), v), []).append(f)
         for o, r in _responses(base, v, runs).items():
             responses.setdefault(o, {})[f] = r
-    for v, alike in stuck.items():
+    for (_, v), alike in stuck.items():
         for together in _sets(alike):
             found = _responses(base, v, _runs(observer, config, together, v))
             for o, r in found.items():
@@ -237,6 +238,18 @@ def probe(observer: Observer, config: Any, *, explicit: bool = False) -> Fields 
                 break
     forms = {o: observer.forms[o] for o in base}
     return Fields(config, values, base, forms, responses, stated, joined)
+
+
+def _seen(
+    observer: Observer, config: Any, values: Mapping[Field, Number]
+) -> dict[Observable, int] | None:
+    """What is observed with other numbers; None if the config or the class refuses them."""
+    try:
+        return observer.observe(changed(config, values))
+    except (
+        Exception
+    ):  # a property that cannot be set, a type that is checked, another kind of field
+        return None
 
 
 def _sets(fields: list[Field]) -> Iterator[tuple[Field, ...]]:
@@ -254,7 +267,7 @@ def _runs(
     for value in dict.fromkeys(step(v) for step in STEPS):
         if value <= 0 or value == v:
             continue
-        seen = observer.observe(changed(config, dict.fromkeys(fields, value)))
+        seen = _seen(observer, config, dict.fromkeys(fields, value))
         if seen is not None:
             runs.append((value, seen))
         if len(runs) == ENOUGH:
@@ -288,10 +301,7 @@ def _implied(
     """The value of an open field at which the model is what it is; None if it sizes nothing."""
     runs: list[tuple[int, dict[Observable, int]]] = []
     for guess in GUESSES:
-        try:
-            seen = observer.observe(changed(config, {f: guess}))
-        except Exception:  # noqa: BLE001  (a property that cannot be set, a type that is checked)
-            return None
+        seen = _seen(observer, config, {f: guess})
         if seen is not None:
             runs.append((guess, seen))
         if len(runs) == ENOUGH:
@@ -304,7 +314,7 @@ def _implied(
             continue
         value = x + Fraction((now - first[o]) * (y - x), second[o] - first[o])
         if value.denominator == 1 and value > 0:
-            stated = observer.observe(changed(config, {f: int(value)}))
+            stated = _seen(observer, config, {f: int(value)})
             shapes = {o: n for o, n in base.items() if o.dim > -2}
             if stated is not None and all(stated.get(o) == n for o, n in shapes.items()):
                 return int(value)

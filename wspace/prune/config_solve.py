@@ -216,7 +216,7 @@ def _differences(
     """What a build from a config has other than it should; empty if it is right."""
     try:
         module = build_meta(kind, config)
-    except Exception as error:  # noqa: BLE001  (a config may be refused in any way)
+    except Exception as error:  # a config may be refused in any way
         return [f"{type(error).__name__}: {error}"]
     found = shapes_of(module)
     wanted = {n: p.shape for p in few.small.params for n in (p.name, *p.ties)}
