@@ -31,7 +31,7 @@ from wspace.space import Axis, Concat, Param, Role, WeightSpace
 
 EXACT = 1e-10
 EVERY = [
-    pytest.param(n, marks=pytest.mark.slow) if c.slow or (i > 60 and i % 4) else n
+    pytest.param(n, marks=pytest.mark.slow) if c.slow or (i > 60 and i % 8) else n
     for i, (n, c) in enumerate(CASES.items())
 ]
 FEW = [
