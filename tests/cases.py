@@ -234,6 +234,9 @@ CASES: dict[str, Case] = {case.name: case for case in _ALL}
 if len(CASES) != len(_ALL):
     raise ValueError("two cases of one name")
 
+FEW = frozenset(case.name for case in _HF[::6]) | frozenset(CASES) - {case.name for case in _HF}
+"""Every architecture of our own, and one in six of transformers: the others in slow tests."""
+
 
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Built:
     """The module of a case in evaluation mode, and its example inputs, in `dtype`."""

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from cases import CASES, build
+from cases import CASES, FEW, build
 from torch import Tensor, nn
 
 import wspace
@@ -54,7 +54,9 @@ def assert_rounded(a: State, b: State) -> None:
         assert float((x - b[name]).abs().amax()) <= ROUNDING * float(x.abs().amax()), name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_rows_move_as_if_alone(name: str, generator: torch.Generator) -> None:
     space = space_of(name)
     t, u = (wspace.sample(space, batch=BATCH, generator=generator, kinds=KINDS) for _ in range(2))
@@ -69,7 +71,9 @@ def test_rows_move_as_if_alone(name: str, generator: torch.Generator) -> None:
         assert_same(parts(row(back, *index)), parts(wspace.inverse(a)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_batched_elements_are_a_group(name: str, generator: torch.Generator) -> None:
     space = space_of(name)
     t, u = (wspace.sample(space, batch=(3,), generator=generator, kinds=KINDS) for _ in range(2))

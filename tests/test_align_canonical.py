@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, Double, build
+from cases import CASES, FEW, Double, build
 from oracles import gap, outputs, state_of
 from test_laws import generic
 from torch import Tensor, nn
@@ -66,7 +66,9 @@ def assert_canonical(
 # ----------------------------------------------------------------------------- the laws
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_one_form_for_an_orbit(name: str, generator: torch.Generator) -> None:
     """Bit for bit, but where phases move; each row of the batch by an element of its own."""
     space = space_of(name)

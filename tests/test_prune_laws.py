@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import CASES, Double, build
+from cases import CASES, FEW, Double, build
 from oracles import disagreements, gap, outputs, state_of
 from torch import Tensor, nn
 
@@ -23,11 +23,13 @@ from wspace.space import Axis, Concat, Group, WeightSpace
 
 EXACT = 1e-10
 CONTROL = 1e-6
-EVERY = [
-    pytest.param(n, marks=pytest.mark.slow) if c.slow or (i > 95 and i % 6) else n
-    for i, (n, c) in enumerate(CASES.items())
-]
-each_case = pytest.mark.parametrize("name", EVERY)
+each_case = pytest.mark.parametrize(
+    "name",
+    [
+        n if n in FEW and not CASES[n].slow else pytest.param(n, marks=pytest.mark.slow)
+        for n in CASES
+    ],
+)
 
 
 class Pruned(NamedTuple):
@@ -235,6 +237,25 @@ def test_sizes_that_the_code_refuses_are_an_error() -> None:
     space = wspace.trace(module, args, kwargs)
     with pytest.raises(PruneError, match="does not allow.*\\n.*\\n.*comparison that was false"):
         Pruner(module, space, rebuild="copy").prune({"h8": torch.arange(16) < 8})
+
+
+def test_what_is_pinned_alone_can_go_together() -> None:
+    """`nn.MultiheadAttention` is as wide as its heads together: the stream goes with them."""
+    module, args, kwargs = build("encoder_pre_norm")
+    space = wspace.trace(module, args, kwargs)
+    pruner = Pruner(module, space)
+    stream = next(g.name for g in space["embed.bias"].axes[0].groups())
+    heads = [
+        next(space[f"body.layers.{i}.self_attn.out_proj.weight"].axes[1].groups()).name
+        for i in range(2)
+    ]
+    assert {stream, *heads} <= set(pruner.pinned)
+    with pytest.raises(PruneError, match="embed_dim"):
+        pruner.prune({heads[0]: torch.arange(3) < 2})
+    keep = {stream: torch.arange(12) < 8, **dict.fromkeys(heads, torch.arange(3) > 0)}
+    small = pruner.prune(keep)
+    assert small.body.layers[0].self_attn.num_heads == 2
+    assert small.body.layers[1].self_attn.embed_dim == 8
 
 
 def test_masks_off_leave_the_network_as_it_was(pruned: Callable[[str], Pruned]) -> None:
