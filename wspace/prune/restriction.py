@@ -154,7 +154,7 @@ class Restriction:
         self.large.validate(state)
         out = dict(state)
         for p in self.touched:
-            x = state[p.name].masked_fill(self.zeroed(p).to(state[p.name].device), 0)
+            x = self.off(p, state[p.name])
             for name in (p.name, *p.ties):
                 if name in state:
                     out[name] = x
@@ -186,9 +186,34 @@ class Restriction:
         Returns:
             True for entries to set to zero, of the parameter's shape.
         """
-        idle = _idle(self.large)
-        gone = {g: m for g, m in self.keep.items() if (p.name, g) not in idle}
-        return ~self._lines(p, gone) if p.name in self.names else ~self.kept(p)
+        return ~self._lines(p, self._active(p)) if p.name in self.names else ~self.kept(p)
+
+    def off(self, p: Param, x: Tensor) -> Tensor:
+        """A copy of a parameter with zeros at its `zeroed` entries, line by line where it can be.
+
+        Args:
+            p: Parameter of the large space.
+            x: Its value, ``(*batch, *shape)``.
+
+        Returns:
+            A new tensor of the shape of `x`.
+        """
+        if not p.local or p.name not in self.names:
+            return x.masked_fill(self.zeroed(p).to(x.device), 0)
+        gone, out = self._active(p), x.clone()
+        for d, axis in enumerate(p.axes, x.dim() - len(p.axes)):
+            lines = (~axis_kept(gone, axis, p.at)).nonzero()[:, 0]
+            if len(lines):
+                out.index_fill_(d, lines.to(x.device), 0)
+        return out
+
+    def _active(self, p: Param) -> dict[str, Tensor]:
+        """The masks of groups whose units are off when their entries of a parameter are zero."""
+        return {g: m for g, m in self.keep.items() if (p.name, g) not in self._idle}
+
+    @cached_property
+    def _idle(self) -> set[tuple[str, str]]:
+        return _idle(self.large)
 
     def _lines(self, p: Param, keep: Keep) -> Tensor:
         if p.name not in self.names:
