@@ -215,9 +215,10 @@ def _differences(
 ) -> list[str]:
     """What a build from a config has other than it should; empty if it is right."""
     try:
+        config = type(config).from_dict(config.to_dict())  # as it will be read again
         module = build_meta(kind, config)
     except Exception as error:  # a config may be refused in any way
-        return [f"{type(error).__name__}: {error}"]
+        return [f"{type(error).__name__}: {error} {error.__cause__ or ''}".strip()]
     found = shapes_of(module)
     wanted = {n: p.shape for p in few.small.params for n in (p.name, *p.ties)}
     wrong = [
