@@ -92,7 +92,7 @@ ONLY = [
         CAPTURE,
         (
             "wspace.trace.capture",
-            "wspace.trace.numbers",
+            "wspace.trace.watching",
             "wspace.trace.sandbox",
             "wspace.trace.work",
         ),

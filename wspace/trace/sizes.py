@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wspace.errors import PruneError, SpaceMismatch, message
 from wspace.space import Axis, Concat, Group, WeightSpace
-from wspace.trace import named, polynomials
+from wspace.trace import named
 from wspace.trace.capture import capture
 from wspace.trace.derive import Naming, build_params
 from wspace.trace.numbers import (
@@ -28,31 +28,25 @@ from wspace.trace.numbers import (
     Expression,
     Length,
     Numbers,
-    Watching,
     remembered,
 )
 from wspace.trace.program import Call, Value
+from wspace.trace.requirements import (
+    Requirement,
+    attributes,
+    depth,
+    free,
+    named_by,
+    now,
+    settle,
+    unmet,
+)
 from wspace.trace.rules import known
 from wspace.trace.sandbox import persistent_float_buffers
 from wspace.trace.sites import correspondence
 from wspace.trace.solve import Axis as Atoms
-
-
-@dataclass(frozen=True, slots=True)
-class Requirement:
-    """A number of the code that has to be as large as a (part of an) axis, or as another number.
-
-    Attributes:
-        number: The number and how it is computed; lengths are axes.
-        axis: What it is the size of, or the other number.
-        source: Where in the code, for a plain number.
-        equal: False if the two are compared and must go on to differ.
-    """
-
-    number: Any
-    axis: Any
-    source: str = ""
-    equal: bool = True
+from wspace.trace.ties import Ties
+from wspace.trace.watching import Watching
 
 
 @dataclass(frozen=True)
@@ -99,15 +93,15 @@ class Sizes:
         """
         groups = small.all_groups
         values: dict[Attribute, int] = {}
-        left = sorted(self.requirements, key=lambda r: _depth(r.number))
+        left = sorted(self.requirements, key=lambda r: depth(r.number))
         while left:
-            again = [r for r in left if not _settle(r, groups, values)]
+            again = [r for r in left if not settle(r, groups, values)]
             if len(again) == len(left):  # the smallest one stays as it is
-                unknown = {a for r in left for a in _attributes(r.number) if a not in values}
+                unknown = {a for r in left for a in attributes(r.number) if a not in values}
                 smallest = min(unknown, key=lambda a: a.value)
                 values[smallest] = smallest.value
             left = again
-        wrong = [w for r in self.requirements if (w := _unmet(r, groups, values))]
+        wrong = [w for r in self.requirements if (w := unmet(r, groups, values))]
         wrong += [
             f"{g} with {groups[g].size} units, of which {n} are chosen"
             for g, n in self.least.items()
@@ -200,12 +194,12 @@ class _Reader:
         found |= dict.fromkeys(self._rectangular(calls))
         found |= dict.fromkeys(_recurrent(module, self.space))
         requirements = tuple(r for r in found if r.number != r.axis)
-        ties = _Ties(self.space, requirements)
+        ties = Ties(self.space, requirements)
         ties.pinned |= self.pinned
         scaled: dict[str, str] = {}
         for value in run.dots:
             for axis in self._axes(value, len(value.shape) - 1):
-                scaled |= dict.fromkeys(_free(axis), "scaled_dot_product_attention")
+                scaled |= dict.fromkeys(free(axis), "scaled_dot_product_attention")
         for expression, source in run.scales:
             for g in ties.groups_in(self._expression(expression)):
                 scaled.setdefault(g, source)
@@ -232,7 +226,7 @@ class _Reader:
         least: dict[str, int] = {}
         for count, value, dim in run.chosen:
             for axis in self._axes(value, dim):
-                names = _free(axis)
+                names = free(axis)
                 for g in names:
                     whole = self.space.all_groups[g].size
                     needed = whole if len(names) > 1 else -(-count * whole // axis.size)
@@ -257,9 +251,9 @@ class _Reader:
                     owner = self.naming.owner(atom)
                     name = None if owner is None else self.names.get(self.naming.group(owner).name)
                     if name is not None:
-                        why = f"{_now(demand.number)} is the length of a part of it"
+                        why = f"{now(demand.number)} is the length of a part of it"
                         self.pinned.setdefault(
-                            name, f"{why} at {demand.source or _named_by(demand)}"
+                            name, f"{why} at {demand.source or named_by(demand.number)}"
                         )
 
     def _cases(self, axis: Atoms) -> Iterator[Atoms]:
@@ -287,7 +281,7 @@ class _Reader:
         """The slow or fast factors that a number counts."""
         if demand.part == "whole":
             return axis
-        wanted = _now(demand.number)
+        wanted = now(demand.number)
         k = len(axis.factors)
         cuts = [
             axis.factors[:i] if demand.part == "first" else axis.factors[k - i :]
@@ -296,7 +290,7 @@ class _Reader:
         for cut in cuts:
             if prod(f.size for f in cut) == wanted:
                 return Axis(cut)
-        for g in _free(axis):
+        for g in free(axis):
             self.pinned.setdefault(g, f"{wanted} does not split the axis {axis}")
         return None
 
@@ -310,218 +304,6 @@ class _Reader:
                 return OPERATIONS[number.op](a, b)
             return Computed(number.op, a, b)
         return number
-
-
-def _named_by(demand: Demand) -> str:
-    """The attributes that a number comes from, for reading."""
-    return ", ".join(dict.fromkeys(map(str, _attributes(demand.number)))) or "an unknown place"
-
-
-def _free(axis: Axis) -> list[str]:
-    return list(dict.fromkeys(g.name for g in axis.groups() if not g.fixed))
-
-
-def _now(number: Any) -> int:
-    """A number as it is now."""
-    if isinstance(number, Attribute):
-        return number.value
-    if isinstance(number, Length):
-        return number.value.shape[number.dim]
-    if isinstance(number, Computed):
-        return OPERATIONS[number.op](_now(number.a), _now(number.b))
-    return number.size if isinstance(number, Axis) else number
-
-
-# ------------------------------------------------------------------------- ties and pins
-
-
-class _Ties:
-    """Which groups must be of one size, and which cannot change, for all requirements to hold.
-
-    A number is a polynomial in the sizes of groups; an attribute is what it was first required to
-    be. Where two polynomials that must be equal differ in the names of groups only, these groups
-    are tied; where they differ otherwise, their groups are pinned.
-    """
-
-    def __init__(self, space: WeightSpace, requirements: tuple[Requirement, ...]) -> None:
-        self.size = {n: g.size for n, g in space.all_groups.items()}
-        self.pinned: dict[str, str] = {}
-        self.pairs: list[tuple[str, str]] = []
-        self.alias: dict[str, str] = {}
-        self.forms: dict[Attribute, polynomials.Polynomial] = {}
-        ordered = sorted(
-            (r for r in requirements if r.equal),
-            key=lambda r: (max(_depth(r.number), _depth(r.axis)), _terms(r.axis)),
-        )
-        while fresh := self._round(ordered):
-            self.pairs += fresh
-            for g, h in fresh:
-                a, b = self.alias.get(g, g), self.alias.get(h, h)
-                joined = [x for x in (b, *self.alias) if self.alias.get(x, x) == b]
-                self.alias |= dict.fromkeys(joined, a)
-
-    def groups_in(self, number: Any) -> list[str]:
-        """Groups whose sizes a number says."""
-        if isinstance(number, Axis):
-            return _free(number)
-        if isinstance(number, Attribute):
-            form = self.forms.get(number, {})
-            heads = {g for key in form for g in key}
-            return [g for g in self.size if self.alias.get(g, g) in heads]
-        if isinstance(number, Computed):
-            return [*self.groups_in(number.a), *self.groups_in(number.b)]
-        return []
-
-    def _round(self, requirements: list[Requirement]) -> list[tuple[str, str]]:
-        self.forms, bad = {}, dict[str, str]()
-        fresh: list[tuple[str, str]] = []
-        for r in requirements:
-            left, right = self._polynomial(r.number), self._polynomial(r.axis)
-            if right is None:
-                self._define(r.axis, left or polynomials.constant(_now(r.number)))
-                right = self._polynomial(r.axis) or polynomials.constant(_now(r.axis))
-            if left is None:
-                self._define(r.number, right)
-                left = self._polynomial(r.number)
-            pairs = None if left is None else polynomials.paired(left, right, self.size)
-            if pairs is None:
-                names = {g for form in (left or {}, right) for key in form for g in key}
-                tied = [g for g in self.size if self.alias.get(g, g) in names]
-                bad |= {g: self._why(r) for g in tied if g not in bad}
-            else:
-                fresh += [p for p in pairs if p not in fresh]
-        if not fresh:
-            self.pinned |= bad
-        return fresh
-
-    def _why(self, r: Requirement) -> str:
-        if isinstance(r.number, int):
-            return f"the number {r.number} at {r.source or 'an unknown place'}"
-        names = list(dict.fromkeys(map(str, _attributes(r.number))))
-        return f"{' and '.join(names) or 'a length'}, which stands for other sizes too"
-
-    def _polynomial(self, number: Any) -> polynomials.Polynomial | None:
-        """A number in terms of groups; None where an attribute is not known yet."""
-        if isinstance(number, Axis):
-            return polynomials.renamed(polynomials.of_axis(number), self.alias)
-        if isinstance(number, Attribute):
-            return self.forms.get(number)
-        if not isinstance(number, Computed):
-            return polynomials.constant(number)
-        a, b = self._polynomial(number.a), self._polynomial(number.b)
-        if a is None or b is None:
-            return None
-        if number.op in ("add", "sub"):
-            return polynomials.plus(a, b, 1 if number.op == "add" else -1)
-        if number.op == "mul":
-            return polynomials.times(a, b)
-        exact = polynomials.over(a, b) if number.op == "floordiv" else None
-        return exact if exact is not None else polynomials.constant(_now(number))
-
-    def _define(self, number: Any, form: polynomials.Polynomial) -> None:
-        """Says what the largest unknown attribute of a number is; smaller ones stay as they are."""
-        unknown = [a for a in dict.fromkeys(_attributes(number)) if a not in self.forms]
-        *others, largest = sorted(unknown, key=lambda a: a.value)
-        self.forms |= {a: polynomials.constant(a.value) for a in others}
-        inverse = self._inverse(number, largest, form)
-        self.forms[largest] = inverse or polynomials.constant(largest.value)
-
-    def _inverse(
-        self, number: Any, attribute: Attribute, form: polynomials.Polynomial
-    ) -> polynomials.Polynomial | None:
-        """What an attribute must be for a number that holds it once to be as given."""
-        if number == attribute:
-            return form
-        if not isinstance(number, Computed):
-            return None
-        inner, other = number.a, number.b
-        if attribute in _attributes(number.b):
-            inner, other = number.b, number.a
-            if number.op not in ("add", "mul"):
-                return None
-        known = self._polynomial(other)
-        if known is None:
-            return None
-        outer = {
-            "add": lambda: polynomials.plus(form, known, -1),
-            "sub": lambda: polynomials.plus(form, known),
-            "mul": lambda: polynomials.over(form, known),
-            "floordiv": lambda: polynomials.times(form, known),
-        }.get(number.op, lambda: None)()
-        return None if outer is None else self._inverse(inner, attribute, outer)
-
-
-def _terms(number: Any) -> int:
-    return len(polynomials.of_axis(number)) if isinstance(number, Axis) else 1
-
-
-def _depth(number: Any) -> int:
-    """Plain numbers and attributes come before what is computed from them."""
-    return 1 + max(_depth(number.a), _depth(number.b)) if isinstance(number, Computed) else 0
-
-
-# ----------------------------------------------------------------------------- new values
-
-
-def _settle(r: Requirement, groups: Mapping[str, Group], values: dict[Attribute, int]) -> bool:
-    """Finds the value of the one attribute that is not known; True if none is left."""
-    unknown = [a for a in dict.fromkeys(_attributes(r)) if a not in values]
-    if not unknown or not r.equal:
-        return True
-    if len(unknown) > 1:
-        return False
-    (attribute,) = unknown
-    bound = max(attribute.value, *(g.size for g in groups.values())) + 1
-    for value in (attribute.value, *range(bound, 0, -1)):
-        values[attribute] = value
-        if _evaluate(r.number, groups, values) == _evaluate(r.axis, groups, values):
-            return True
-    values[attribute] = attribute.value
-    return True
-
-
-def _unmet(r: Requirement, groups: Mapping[str, Group], values: Mapping[Attribute, int]) -> str:
-    known = {a: values.get(a, a.value) for a in _attributes(r)}
-    found, target = _evaluate(r.number, groups, known), _evaluate(r.axis, groups, known)
-    if (found == target) == r.equal:
-        return ""
-    who = ", ".join(map(str, dict.fromkeys(_attributes(r)))) or "a number"
-    at = f" at {r.source}" if r.source else ""
-    if not r.equal:
-        return f"{who}{at}: {found} on both sides of a comparison that was false"
-    return f"{who}{at}: {found} where {r.axis} needs {target}"
-
-
-def _attributes(number: Any) -> Iterator[Attribute]:
-    if isinstance(number, Attribute):
-        yield number
-    elif isinstance(number, Computed):
-        yield from _attributes(number.a)
-        yield from _attributes(number.b)
-    elif isinstance(number, Requirement):
-        yield from _attributes(number.number)
-        yield from _attributes(number.axis)
-
-
-def _evaluate(number: Any, groups: Mapping[str, Group], values: Mapping[Attribute, int]) -> int:
-    if isinstance(number, Attribute):
-        return values[number]
-    if isinstance(number, Computed):
-        a, b = (_evaluate(x, groups, values) for x in (number.a, number.b))
-        return OPERATIONS[number.op](a, b) if b or number.op in ("add", "sub", "mul") else -1
-    return _size(number, groups) if isinstance(number, Axis) else number
-
-
-def _size(axis: Axis, groups: Mapping[str, Group]) -> int:
-    """Size of an axis when its groups have other sizes."""
-    return prod(
-        groups[f.name].size
-        if isinstance(f, Group) and f.name in groups
-        else f.size
-        if isinstance(f, Group)
-        else sum(_size(p, groups) for p in f.parts)
-        for f in axis.factors
-    )
 
 
 # ---------------------------------------------------------------------- recurrent layers
