@@ -11,7 +11,7 @@ effect, over all units of a network (global scope) and inside its groups of at l
 *One shot*: test accuracy after the least important 20, 40 or 60 % of all units are zeroed, at most
 80 % of a group, without fine-tuning. Networks that never learned are left out: those of an accuracy
 under 0.2 (chance is 0.1), or with a mean effect below 0.002. Means over networks with bootstrapped
-95 % intervals; architectures are drawn, and of each all networks.
+95 % intervals; architectures are drawn, and of each all its networks (here two at most).
 
 ``Taylor`` sees the 512 training images on which the effects were measured, and their labels;
 ``effect`` is the measured effect itself, the best that judging units one by one can do, in one shot
@@ -49,6 +49,7 @@ SHARES = (0.2, 0.4, 0.6)
 MOST = 0.8
 LEAST_ACCURACY, LEAST_EFFECT = 0.2, 2e-3
 WIDE = 8
+JUDGED = 1000
 
 
 class Part(NamedTuple):
@@ -206,17 +207,19 @@ def accuracy(part: Part, k: int, module: nn.Module, gone: Scores | None = None) 
             for numbers in places:
                 zero = (numbers >= 0) & mask[numbers.clamp(min=0)]
                 state[parameter] = state[parameter].masked_fill(zero, 0)
-    x, y = IMAGES(part.dataset)[2:]
-    answers = torch.func.functional_call(module, state, (x[:2000],))
-    return float((answers.argmax(-1) == y[:2000]).float().mean())
+    x, y = (z[:JUDGED] for z in IMAGES(part.dataset)[2:])
+    answers = torch.func.functional_call(module, state, (x,))
+    return float((answers.argmax(-1) == y).float().mean())
 
 
-def judge(parts: list[Part], kinds: dict[str, Callable[..., Scores]]) -> list[dict[str, Any]]:
-    """One record for every network and kind of importance."""
+def judge(
+    parts: list[Part], kinds: dict[str, Callable[..., Scores]], most: int
+) -> list[dict[str, Any]]:
+    """One record for every network, at most so many of an architecture, and kind of importance."""
     out: list[dict[str, Any]] = []
     for number, part in enumerate(parts):
         module = part.architecture.module(device="cpu")
-        for k, row in enumerate(part.rows):
+        for k, row in enumerate(part.rows[:most]):
             state = {n: x[k] for n, x in part.measured.states.items()}
             module.load_state_dict(state, strict=False)
             about = {"family": part.family, "architecture": number, "network": row}
@@ -296,7 +299,7 @@ def train(made: zoo.Zoo, options: argparse.Namespace) -> None:
     parts = parts_of(made, "train", learned=False)
     torch.manual_seed(options.seed)
     predictor = UnitPredictor(channels=options.channels, layers=options.layers)
-    learning = Learning(options.steps, weight_decay=options.weight_decay)
+    learning = Learning(options.steps, weight_decay=options.weight_decay, caution=options.caution)
     start = time.process_time()
     generator = torch.Generator().manual_seed(options.seed)
     losses = learn(predictor, [p.measured for p in parts], learning, generator=generator)
@@ -319,12 +322,14 @@ def main() -> None:
     options.add_argument("zoo", type=Path)
     options.add_argument("--train", type=Path, help="train, and write this file")
     options.add_argument("--predictor", default="small", help="what is judged: a name or a file")
-    options.add_argument("--steps", type=int, default=3000)
+    options.add_argument("--steps", type=int, default=600)
     options.add_argument("--channels", type=int, default=32)
-    options.add_argument("--layers", type=int, default=2)
-    options.add_argument("--weight-decay", type=float, default=0.05)
+    options.add_argument("--layers", type=int, default=1)
+    options.add_argument("--weight-decay", type=float, default=0.01)
+    options.add_argument("--caution", type=float, default=1.0)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--split", default="test")
+    options.add_argument("--networks", type=int, default=2, help="of an architecture, at most")
     options.add_argument("--json", type=Path, help="also write one record for each network here")
     chosen = options.parse_args()
     torch.set_num_threads(1)
@@ -342,7 +347,7 @@ def main() -> None:
         "Taylor (data)": taylor,
         "effect (data)": measured,
     }
-    records = judge(parts_of(made, chosen.split, learned=True), kinds)
+    records = judge(parts_of(made, chosen.split, learned=True), kinds, chosen.networks)
     if chosen.json:
         chosen.json.write_text("\n".join(json.dumps(r) for r in records))
     show(records, "L2")

@@ -61,7 +61,7 @@ class UnitEffects(Counted):
 
     datasets: tuple[str, ...] = ("cifar10_16x16", "mnist", "digits")
     root: str = field(default="", compare=False)
-    count: int = 1200
+    count: int = 728
     seed: int = 0
     steps: tuple[int, int] = (100, 2000)
     judged: int = 2000

@@ -9,6 +9,7 @@ The measured effect is what importance is to predict (`wspace.prune.predicted`),
 criterion which looks at units alone can know.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -237,7 +238,8 @@ class _Asked(nn.Module):
     def many(self, changed: State, batch: Any) -> Tensor:
         """Losses ``(m,)`` with parameters ``(m, *shape)`` in place of some."""
         named = {f"module.{k}": x for k, x in changed.items()}
-        with drawn_again(self.module):
+        with drawn_again(self.module), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             run = vmap(lambda some: functional_call(self, some, (batch,)), randomness="same")
             return run(named)
 

@@ -49,14 +49,17 @@ class Learning:
         spaces: Spaces in one step, all their networks each.
         networks: At most so many networks of a space in a step.
         ranking: Weight of the pairwise term.
+        caution: Weight of the mean square of corrections to the mean-field estimate, which holds
+            where nothing like a network was trained on.
     """
 
-    steps: int = 1500
+    steps: int = 600
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     spaces: int = 3
     networks: int = 8
     ranking: float = 1.0
+    caution: float = 1.0
 
 
 def targets(effects: Mapping[str, Tensor]) -> Tensor:
@@ -130,7 +133,7 @@ def learn(
         for i in torch.randint(len(networks), (how.spaces,), generator=generator).tolist():
             m = networks[i]
             rows = torch.randperm(m.count, generator=generator)[: how.networks]
-            loss = _loss(predictor, m, rows, wanted[i][rows], how.ranking) / how.spaces
+            loss = _loss(predictor, m, rows, wanted[i][rows], how) / how.spaces
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
@@ -141,12 +144,13 @@ def learn(
 
 
 def _loss(
-    predictor: UnitPredictor, m: Measured, rows: Tensor, target: Tensor, ranking: float
+    predictor: UnitPredictor, m: Measured, rows: Tensor, target: Tensor, how: Learning
 ) -> Tensor:
-    graph = encode(m.space, {k: x[rows] for k, x in m.states.items()})
-    made = predictor(graph)
+    made = predictor.parts(encode(m.space, {k: x[rows] for k, x in m.states.items()}))
     known = torch.cat(
         [torch.full(x[0].shape, name in made).flatten() for name, x in m.effects.items()]
     )
-    found = torch.cat([made[name].flatten(1) for name in m.effects if name in made], 1)
-    return effect_loss(found, target[:, known], ranking)
+    both = [made[name] for name in m.effects if name in made]
+    estimate, correction = (torch.cat([x[i].flatten(1) for x in both], 1) for i in (0, 1))
+    loss = effect_loss(estimate + correction, target[:, known], how.ranking)
+    return loss + how.caution * correction.square().mean()

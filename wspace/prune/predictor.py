@@ -110,9 +110,11 @@ def _scaled(features: Tensor) -> Tensor:
 class UnitPredictor(nn.Module):
     """Predicts the logarithm of each unit's effect, relative to the network's mean effect.
 
-    A `GraphMetanet` gives every node a vector; those of a unit are averaged with its features, and
-    a perceptron reads them beside the average of the unit's group. Widths, depths and architectures
-    may differ from those of training. Permuting a network's units permutes the predictions.
+    The mean-field estimate of `wspace.prune.unit_features`, in a linear map, and a correction. For
+    that a `GraphMetanet` gives every node a vector; those of a unit are averaged with its features,
+    and a perceptron reads them beside the average of the unit's group. Widths, depths and
+    architectures may differ from those of training. Permuting a network's units permutes the
+    predictions.
 
     Args:
         channels: Width of the metanet.
@@ -122,7 +124,7 @@ class UnitPredictor(nn.Module):
         options: The arguments.
     """
 
-    def __init__(self, *, channels: int = 32, layers: int = 3) -> None:
+    def __init__(self, *, channels: int = 32, layers: int = 1) -> None:
         super().__init__()
         self.options = {"channels": channels, "layers": layers}
         self.metanet = _Reader(channels, channels=channels, layers=layers, head="neuron")
@@ -149,6 +151,17 @@ class UnitPredictor(nn.Module):
         Raises:
             SpaceMismatch: If the graph has no edges.
         """  # noqa: DOC502 (the metanet raises)
+        return {name: a + b for name, (a, b) in self.parts(graph).items()}
+
+    def parts(self, graph: ParameterGraph) -> dict[str, tuple[Tensor, Tensor]]:
+        """The two summands of a prediction: from the mean-field estimate, and what corrects it.
+
+        Args:
+            graph: As for a call.
+
+        Returns:
+            Group name → two tensors ``(*batch, *sizes of over, size)``.
+        """
         rows = prod(graph.batch)
         states = self.metanet(graph)
         nodes = torch.cat([x.reshape(rows, *x.shape[-2:]) for x in states.values()], 1)
@@ -171,8 +184,8 @@ class UnitPredictor(nn.Module):
 
     def _answers(
         self, graph: ParameterGraph, units: Mapping[str, Tensor], sums: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        out: dict[str, tuple[Tensor, Tensor]] = {}
         every = torch.cat([*sums.values()], 1).mean(1, keepdim=True)
         for name, x in units.items():
             total = sums[name] - every
@@ -181,9 +194,9 @@ class UnitPredictor(nn.Module):
             more = torch.stack([total, share, size], -1) / 2
             x = torch.cat([x, more], -1)  # noqa: PLW2901
             around = x.mean(1, keepdim=True).expand_as(x)
-            y = self.read(torch.cat([x, around], -1))[..., 0] + more @ self.known
-            shape = shape_of(prunable(graph.space)[name], graph.space)
-            out[name] = y.reshape(*graph.batch, *shape)
+            y = self.read(torch.cat([x, around], -1))[..., 0]
+            shape = (*graph.batch, *shape_of(prunable(graph.space)[name], graph.space))
+            out[name] = (more @ self.known).reshape(shape), y.reshape(shape)
         return out
 
 
