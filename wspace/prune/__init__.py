@@ -7,14 +7,28 @@ said by an importance, how many go by a `Selection`, and what that saves by a `C
 """
 
 from wspace.prune.cost import Cost as Cost
+from wspace.prune.cost import Latency as Latency
 from wspace.prune.cost import latency as latency
+from wspace.prune.effects import removal_effects as removal_effects
+from wspace.prune.effects import stacked_effects as stacked_effects
+from wspace.prune.importance import FPGM as FPGM
+from wspace.prune.importance import LAMP as LAMP
+from wspace.prune.importance import BatchNormScale as BatchNormScale
+from wspace.prune.importance import Importance as Importance
+from wspace.prune.importance import Magnitude as Magnitude
+from wspace.prune.importance import Random as Random
+from wspace.prune.importance import importance_of as importance_of
 from wspace.prune.loading import counts_of as counts_of
 from wspace.prune.loading import load as load
 from wspace.prune.loading import save as save
 from wspace.prune.masks import Mask as Mask
+from wspace.prune.measured import ActivationNorm as ActivationNorm
+from wspace.prune.measured import HessianDiagonal as HessianDiagonal
+from wspace.prune.measured import Taylor as Taylor
 from wspace.prune.prune import Pruner as Pruner
 from wspace.prune.prune import prune as prune
 from wspace.prune.restriction import Restriction as Restriction
 from wspace.prune.restriction import prunable as prunable
 from wspace.prune.select import Selection as Selection
 from wspace.prune.select import select as select
+from wspace.prune.sparse import GroupSparsity as GroupSparsity
