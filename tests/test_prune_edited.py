@@ -23,6 +23,7 @@ from wspace.prune.edited import (
 )
 from wspace.prune.predictor import UnitPredictor
 from wspace.prune.restriction import prunable
+from wspace.prune.sparse import GroupSparsity
 from wspace.space import WeightSpace
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -156,6 +157,14 @@ def test_fitting_lowers_the_objective(generator: torch.Generator) -> None:
         concentration(s, space) for s in (module.state_dict(), pruner.edit(module, space))
     )
     assert float(last) < 0.97 * float(first)
+
+
+def test_the_penalty_may_be_a_sum_of_group_norms() -> None:
+    net = editable("perceptron")
+    sparsity = GroupSparsity(net.space)
+    pruner = MetaPruner(Editor().double(), penalty=lambda state, space: sparsity.penalty(state))
+    history = pruner.fit([net], steps=8)
+    assert history[-1][1] < history[0][1] and all(r > 0 for _, r in history)
 
 
 @pytest.mark.slow
