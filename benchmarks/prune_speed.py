@@ -3,8 +3,9 @@
 Half of the units of every group go (``scope="group"``), by the L2 norm of everything coupled to
 them. Both libraries start from the same module; torch-pruning prunes in place (its copies are made
 outside the clock), wspace returns a new module, and compares it with the masked one on the example
-input unless told not to. "Known" is with the axes known already: wspace has a `WeightSpace`,
-torch-pruning a pruner with its graph built. Both must end with the same number of parameters.
+input unless told not to; "of a copy" is torch-pruning when the network is to stay, too. GPT-2s are
+made anew from a smaller config, where only what the config can say is pruned, or copied. "Known" is
+with the axes known already: wspace has a `WeightSpace`, torch-pruning a pruner with its graph.
 
 Seconds are taken in turns in one process. Memory is the peak of resident memory over what the
 process had when it had the module (and the axes, where they are known), in a process for each.
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 import wspace
 from wspace.prune import Pruner, Selection
+from wspace.prune.prune import Rebuild
 
 HALF = Selection(amount=0.5, scope="group")
 NETWORKS = {
@@ -77,9 +79,9 @@ class Candidate(NamedTuple):
     changes: bool = False
 
 
-def ours(check: bool = True) -> Candidate:
+def ours(check: bool = True, rebuild: Rebuild = "auto") -> Candidate:
     def run(given: tuple[nn.Module, wspace.WeightSpace]) -> nn.Module:
-        pruner = Pruner(*given)
+        pruner = Pruner(*given, rebuild=rebuild)
         return pruner.prune(pruner.choose("magnitude", HALF), check=check)
 
     return Candidate(lambda module, x: (module, wspace.trace(module, (x,))), run)
@@ -129,10 +131,14 @@ CANDIDATES: dict[str, Candidate] = {
     "wspace, known": ours(),
     "wspace, known, not compared": ours(check=False),
     "wspace, known, second time": ours_again(),
+    "wspace, known, a copy": ours(rebuild="copy"),
     "torch-pruning, known": Candidate(their_pruner, their_step, True),
     "wspace": ours_whole(),
     "torch-pruning": Candidate(
         lambda *given: given, lambda given: their_step(their_pruner(*given)), True
+    ),
+    "torch-pruning, of a copy": Candidate(
+        lambda *given: given, lambda given: their_step(their_pruner(*copy.deepcopy(given)))
     ),
 }
 PEER = {"wspace": "torch-pruning"} | {
@@ -225,7 +231,13 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
 
 
 def works(candidate: str, name: str) -> bool:
-    """torch-pruning finds no group in a GPT-2 of transformers, whose layers it does not know."""
+    """Whether a candidate is for a network.
+
+    torch-pruning finds no group in a GPT-2 of transformers, whose layers it does not know. A copy
+    is what wspace makes of networks that have no config anyway.
+    """
+    if candidate.endswith("a copy") and candidate.startswith("wspace"):
+        return name.startswith("gpt2")
     return not (candidate.startswith("torch-pruning") and name.startswith("gpt2"))
 
 
