@@ -222,6 +222,21 @@ class DenseMoE(nn.Module):
         return self.out(x + mixed)
 
 
+class StackedMoE(DenseMoE):
+    """The same experts stacked and weighted by position, or averaged in any order."""
+
+    def __init__(self, *, ordered: bool) -> None:
+        super().__init__()
+        self.ordered = ordered
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        every = torch.stack([expert(x) for expert in self.experts], 1)
+        if self.ordered:
+            return self.out((every * self.gate(x)[:, :, None]).sum(1))
+        return self.out(every.mean(1) * self.gate(x).sum(1, keepdim=True))
+
+
 class TopMoE(nn.Module):
     """Stacked expert parameters, routed to the two best experts of each token."""
 

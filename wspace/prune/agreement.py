@@ -1,7 +1,7 @@
 """Modules run on the example inputs, and how far their outputs are apart."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
     evaluation_mode,
+    state_restored,
     tensors_in,
 )
 
@@ -42,6 +43,8 @@ def outputs(
     with ExitStack() as stack:
         for context in (evaluation_mode, attributes_restored, drawn_again, dense_experts):
             stack.enter_context(context(module))
+        stack.enter_context(state_restored(module, values=False))
+        stack.enter_context(_tables_restored(module))
         torch.manual_seed(0)
         args, kwargs = tree_map_only(Tensor, Tensor.clone, (example[0], dict(example[1])))
         if state:
@@ -51,15 +54,39 @@ def outputs(
         return [t.detach() for t in tensors_in(found)]
 
 
+@contextmanager
+def _tables_restored(module: nn.Module) -> Generator[None]:
+    """Context after which tables that are renormalised when they are read are as before."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    tables = [m.weight for m in module.modules() if isinstance(m, kinds) and m.max_norm is not None]
+    before = [x.detach().clone() for x in tables]
+    try:
+        yield
+    finally:
+        for x, old in zip(tables, before, strict=True):
+            x.data.copy_(old)
+
+
 def gap(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Largest difference of any output, relative to the largest entry of that output."""
+    """Largest difference of any output, relative to the largest entry of that output.
+
+    Args:
+        a: Outputs.
+        b: Other outputs, as many.
+
+    Returns:
+        The difference; infinite where shapes, whole numbers, or the places of numbers that are not
+        finite differ.
+    """
     gaps = [0.0]
     for x, y in zip(a, b, strict=True):
-        if x.shape != y.shape:
+        if x.shape != y.shape or not torch.equal(x.isfinite(), y.isfinite()):
             return float("inf")
-        if (x.is_floating_point() or x.is_complex()) and x.numel():
-            scale = float(x.abs().nan_to_num().max()) or 1.0
-            gaps.append(float((x - y).abs().nan_to_num().max()) / scale)
+        if not (x.is_floating_point() or x.is_complex()):
+            gaps.append(0.0 if torch.equal(x, y) else float("inf"))
+        elif x.numel():
+            scale = float(x.abs().nan_to_num(0, 0, 0).max()) or 1.0
+            gaps.append(float((x - y).abs().nan_to_num(0, 0, 0).max()) / scale)
     return max(gaps)
 
 

@@ -57,7 +57,7 @@ def compact(
         new = restriction.names.get(name)
         cut = x.detach()[:0] if new is None else state[new]
         memo[id(x)] = _like(x, cut)
-    small = copy.deepcopy(module, memo)
+    small = _copied(module, memo)
     for group in restriction.keep:
         _drop_branches(small, restriction, group)
     for attribute, value in attributes.items():
@@ -66,6 +66,38 @@ def compact(
         _refresh(m)
     _check(small, restriction)
     return small
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy around tensors that are copied already."""
+    for m in module.modules():
+        for x in m.__dict__.values():
+            if isinstance(x, Tensor) and not x.is_leaf:  # computed in a forward pass, and kept
+                memo.setdefault(id(x), x.detach().clone())
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception as error:
+        raise PruneError(
+            message(
+                f"prune: {type(module).__name__} cannot be copied",
+                expected="a module that `copy.deepcopy` copies",
+                got=f"{type(error).__name__}: {error}, from {_uncopied(module, memo)}",
+                help="take the attribute off the module, or give its class a `__deepcopy__`",
+            )
+        ) from error
+
+
+def _uncopied(module: nn.Module, memo: Mapping[int, Any]) -> str:
+    """The attribute that cannot be copied."""
+    for path, m in module.named_modules():
+        for name, x in m.__dict__.items():
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(x, dict(memo))
+            except Exception:  # whatever it is, this is the one
+                return f"{path}.{name}".lstrip(".")
+    return "an unknown attribute"
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -102,7 +134,8 @@ def scaled_side(restriction: Restriction, group: str) -> dict[str, list[Slot]]:
         its bias: whether that is a side is for the caller to try.
     """
     small = restriction.small
-    scales = [g for g in small.gauges if g.kind == "scale" and g.slots]
+    known = small.all_groups
+    scales = [g for g in small.gauges if g.kind == "scale" and g.slots and g.group in known]
     own = [g for g in scales if g.group == group]
     around = [g for g in scales if all(_holds(small[slot[0]], group) for slot in g.slots)]
     sides: dict[str, list[Slot]] = {}

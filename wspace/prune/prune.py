@@ -165,6 +165,15 @@ class Pruner:
                     )
                 )
             args, kwargs = space.example
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise PruneError(
+                message(
+                    f"prune: {type(module).__name__} holds the module to prune",
+                    expected="the module itself",
+                    got="its wrapper for several devices",
+                    help="prune `module.module`, and wrap what comes out",
+                )
+            )
         self.module, self.space, self.rebuild = module, space, rebuild
         self.args = (args,) if isinstance(args, Tensor) else tuple(args or ())
         self.kwargs = dict(kwargs or {})
@@ -270,19 +279,30 @@ class Pruner:
         return small
 
     def _made(self, few: Restriction) -> nn.Module:
-        if self.by_config:
-            try:
-                return from_config(self.module, few, sizes=self.sizes)
-            except PruneError as error:
-                if self.rebuild == "config":
-                    raise
-                log.warning(
-                    "prune: the config of %s cannot say these sizes, so the module is copied and "
-                    "`from_pretrained` will not load it (`wspace.prune.load` will): %s",
-                    type(self.module).__name__,
-                    str(error).replace("\n", " "),
-                )
+        if not self.by_config:
+            return self._copy(few)
+        try:
+            return from_config(self.module, few, self._reference(few), self.sizes)
+        except PruneError as error:
+            if self.rebuild == "config":
+                raise
+            log.warning(
+                "prune: the config of %s cannot say these sizes, so the module is copied and "
+                "`from_pretrained` will not load it (`wspace.prune.load` will): %s",
+                type(self.module).__name__,
+                str(error).replace("\n", " "),
+            )
+        return self._copy(few)
+
+    def _copy(self, few: Restriction) -> nn.Module:
         return compact(self.module, few, self.sizes.solve(few.small), self._factors(few))
+
+    def _reference(self, few: Restriction) -> nn.Module | None:
+        """What a module built from a config has to compute, if the code allows a copy."""
+        try:
+            return self._copy(few)
+        except PruneError:
+            return None
 
     def counted(self, few: Restriction) -> dict[str, tuple[str, ...]]:
         """Groups that lose units although operators count them.
@@ -306,15 +326,31 @@ class Pruner:
         return {g: found[g] for g in few.keep if found.get(g)}
 
     def _compare(self, few: Restriction, small: nn.Module) -> None:
-        """Runs the small module beside the masked one."""
+        """Runs the small module beside the masked one.
+
+        Where operators count some of the units, the module without the others alone is compared.
+
+        Raises:
+            PruneError: If it does not run, or does not compute the same.
+        """  # noqa: DOC502 (_runs raises)
         found = self._runs(small)
+        counted = self.counted(few)
+        if counted:
+            whole = {g for tie in self.sizes.ties() if set(tie) & set(counted) for g in tie}
+            rest = {g: m for g, m in few.asked.items() if g not in whole and g not in counted}
+            part = Restriction(self.space, rest)
+            copied = self._reference(part) if rest else None
+            if copied is None:
+                return
+            few, found = part, self._runs(copied)
         wanted = self._masked(few)
-        if not agree(wanted, found, small) and not self.counted(few):
+        if not agree(wanted, found, small):
             raise PruneError(
                 message(
                     f"prune: the small {type(small).__name__} is not the masked one",
                     expected="the same outputs, since nothing counts the units that went",
-                    got=f"a relative difference of {gap(wanted, found):.1e}",
+                    got=f"a relative difference of {gap(wanted, found):.1e} without units of "
+                    f"{', '.join(few.keep)}",
                     help="its code uses a size in a way that was not seen; ignore the groups "
                     "involved, and report this",
                 )
@@ -351,8 +387,10 @@ class Pruner:
         found: dict[str, float] = {}
         for g in few.keep:
             remedy = self._remedies.get(self.sizes.scaled.get(g, ""))
-            if remedy and self._tied.get(g, [g]).index(g) == remedy[0]:
-                found[g] = (few.counts()[g] / self.space.groups[g].size) ** remedy[1]
+            if remedy:
+                cured = self._tied.get(g, [g])[remedy[0]]
+                share = few.counts()[cured] / self.space.groups[cured].size
+                found[cured] = share ** remedy[1]
         return found
 
     @cached_property
@@ -377,9 +415,9 @@ class Pruner:
                 continue
             wanted = self._masked(trial)
             attributes = self.sizes.solve(trial.small)
-            names = [g for g in trial.keep if self.sizes.scaled.get(g) == source]
-            tie = self._tied.get(names[0], names)
-            for name, power in [(names[0], 0.0), *product(names, POWERS)]:
+            first = next(g for g in trial.keep if self.sizes.scaled.get(g) == source)
+            tie = self._tied.get(first, [first])
+            for name, power in [(first, 0.0), *product(tie, POWERS)]:
                 share = trial.counts()[name] / self.space.groups[name].size
                 small = compact(self.module, trial, attributes, {name: share**power})
                 if agree(wanted, self._runs(small), small):

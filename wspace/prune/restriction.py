@@ -1,7 +1,7 @@
 """What is left of a weight space when only some units of its groups are kept."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -46,9 +46,13 @@ class Restriction:
 
     large: WeightSpace
     keep: Keep
+    asked: Keep = field(init=False, repr=False)
+    """The masks as they were given, in full shape: also for contexts that go themselves."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", _checked(self.large, self.keep))
+        asked, keep = _checked(self.large, self.keep)
+        object.__setattr__(self, "asked", asked)
+        object.__setattr__(self, "keep", keep)
 
     def counts(self) -> dict[str, int]:
         """Units that every prunable group has left (in each of its contexts)."""
@@ -292,8 +296,8 @@ class Restriction:
 # -------------------------------------------------------------------------- the mask
 
 
-def _checked(space: WeightSpace, keep: Keep) -> dict[str, Tensor]:
-    """The masks that take something away, in full shape; false in contexts that go themselves."""
+def _checked(space: WeightSpace, keep: Keep) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The masks that take something away, in full shape; then false in contexts that go, too."""
     free = prunable(space)
     wrong = [_unknown(space, name) for name in keep if name not in free]
     full: dict[str, Tensor] = {}
@@ -307,6 +311,7 @@ def _checked(space: WeightSpace, keep: Keep) -> dict[str, Tensor]:
             )
         else:
             full[name] = mask.detach().cpu().expand(shape).clone()
+    asked = dict(full)
     if not wrong:
         inner = sorted(full, key=lambda name: len(free[name].over))
         wrong = [w for name in inner if (w := _uneven(space, free[name], full))]
@@ -320,7 +325,8 @@ def _checked(space: WeightSpace, keep: Keep) -> dict[str, Tensor]:
                 help="`print(space)` shows the groups and what they depend on",
             )
         )
-    return {name: mask for name, mask in full.items() if not bool(mask.all())}
+    less = [name for name, mask in full.items() if not bool(mask.all())]
+    return {name: asked[name] for name in less}, {name: full[name] for name in less}
 
 
 def _unknown(space: WeightSpace, name: str) -> str:

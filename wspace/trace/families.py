@@ -171,7 +171,7 @@ def _sums(
     """Terms of every maximal sum; a term is the values that it adds (and where it adds them)."""
     inner: set[int] = set()
     for call in reversed(program.calls):
-        if call.name == "stack" and len(call.args[0]) > 1:
+        if call.name == "stack" and len(call.args[0]) > 1 and _reduced(program, call, uses):
             yield [(v,) for v in call.args[0]]
         if id(call) in inner or not _accumulates(call):
             continue
@@ -193,6 +193,26 @@ def _sums(
                     terms.append((v,))
         if len(terms) > 2 or (len(terms) == 2 and call.name in _ACCUMULATE):
             yield terms
+
+
+def _reduced(program: Program, call: Call, uses: dict[int, int]) -> bool:
+    """True if a stack is only ever summed over its new dimension, so that its order is lost."""
+    (out,) = call.outs
+    readers = [c for c in program.calls if any(v is out for v in c.ins)]
+    dim = (arguments(call).get("dim") or 0) % len(out.shape)
+    return (
+        uses.get(id(out), 0) == len(readers)
+        and bool(readers)
+        and all(
+            c.name in ("sum", "mean")
+            and c.args[0] is out
+            and any(
+                d % len(out.shape) == dim
+                for d in (arguments(c).get("dim") or range(len(out.shape)))
+            )
+            for c in readers
+        )
+    )
 
 
 def _accumulates(call: Call) -> bool:

@@ -28,6 +28,10 @@ _FACTORS = (
     torch.div, Tensor.__rtruediv__, Tensor.add, Tensor.__add__, Tensor.mul_, Tensor.div_,
     Tensor.__pow__, torch.pow, torch.true_divide, Tensor.true_divide,
 )  # fmt: skip
+_LIKE = (
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like,
+    torch.randn_like,
+)  # fmt: skip
 _SHAPES = (
     (0, (torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn, torch.arange)),
     (1, (torch.reshape, torch.broadcast_to, Tensor.view, Tensor.reshape, Tensor.expand,
@@ -59,6 +63,7 @@ class Watching(TorchFunctionMode):
             **dict.fromkeys(_FACTORS, self._factor),
             **dict.fromkeys((torch.chunk, Tensor.chunk), self._chunks),
             **dict.fromkeys((torch.topk, Tensor.topk), self._choice),
+            **dict.fromkeys(_LIKE, self._like),
             Tensor.__getitem__: self._slices,
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._heads,
@@ -102,6 +107,12 @@ class Watching(TorchFunctionMode):
             for i, n in enumerate(sizes):
                 if isinstance(n, int) and int(n) == call.out.shape[i]:
                     self._demand(n, call.out, i)
+
+    def _like(self, call: "_Call") -> None:
+        x = call.args[0] if call.args else call.kwargs["input"]
+        value = self.value_of(x)
+        for i, n in enumerate(x.shape):
+            self._demand(self.run.number(n, Length(value, i)), call.out, i)
 
     def _unflatten(self, call: "_Call") -> None:
         dim = call.get("dim", 1, 0) % call.args[0].dim()

@@ -326,9 +326,8 @@ class _Surveyor:
                 for axes in contraction(bound, call):
                     loose = any(a in ragged for axis in axes for a in self.s.resolve(axis))
                     raw.append(_Raw(call, named[id(call)], self._size(axes), partly, loose))
-            counting = COUNTING.get(call.name)
-            if counting is not None and id(call) in live:
-                for name in self._groups(counting(self.s, bound, call)):
+            if id(call) in live:
+                for name in self._counts(call, bound, branches):
                     counted.setdefault(name, {})[labels.of(call)] = None
         for value, dim, heads in roots:
             if value.axes is not None:
@@ -369,6 +368,25 @@ class _Surveyor:
                 if n == 1 and g is not None and not g.fixed and name not in routed:
                     terms = {tuple(sorted((*k, name))): c / g.size for k, c in terms.items()}
             yield Work(r.call.name, r.label, tuple(sorted(terms.items())))
+
+    def _counts(self, call: Call, bound: dict[str, Any], branches: Branches) -> Iterator[str]:
+        """Groups whose units an operator counts."""
+        if call.name == "mean":
+            yield from self._averaged(call, bound, branches)
+        if (counting := COUNTING.get(call.name)) is not None:
+            yield from self._groups(counting(self.s, bound, call))
+
+    def _averaged(self, call: Call, bound: dict[str, Any], branches: Branches) -> set[str]:
+        """Groups that index the members of a family whose stacked results a mean is taken of."""
+        made = {id(v): c for c in self.program.calls for v in c.outs}
+        stack = made.get(id(bound["self"]))
+        if stack is None or stack.name != "stack":
+            return set()
+        dim = arguments(stack).get("dim") or 0
+        rank = len(stack.outs[0].shape)
+        if dim % rank not in dims_of(bound.get("dim"), rank):
+            return set()
+        return {name for v in stack.ins if (c := made.get(id(v))) for name, _ in branches.of(c)}
 
     # --------------------------------------------------------------------- groups of atoms
 
