@@ -9,6 +9,7 @@ from wspace import augment as augment
 from wspace import errors as errors
 from wspace import nn as nn
 from wspace import nowcast as nowcast
+from wspace import prune as prune
 from wspace import testing as testing
 from wspace import zoo as zoo
 from wspace.action import State as State

@@ -1,4 +1,4 @@
-"""The command `wspace`: inspect, verify, convert, align, merge, nowcast, zoos, a demonstration.
+"""The command `wspace`: inspect, verify, convert, align, merge, prune, nowcast, zoos, a demo.
 
 Exit codes: 0 done, 1 a claim did not hold, 2 wrong use or bad input, 130 interrupted.
 """
@@ -22,6 +22,7 @@ from wspace.cli.interpolate import interpolate, interpolate_options
 from wspace.cli.merge import merge, merge_options
 from wspace.cli.networks import network_options
 from wspace.cli.nowcast import nowcast, nowcast_options
+from wspace.cli.prune import prune, prune_options
 from wspace.cli.screen import console
 from wspace.cli.train import TRAINING, is_lightning, predict, train
 from wspace.cli.verify import verify
@@ -39,6 +40,7 @@ EXAMPLES = """examples:
   wspace convert model.safetensors model.graph.safetensors
   wspace align a.safetensors b.safetensors --model py:net.py:build --out b_aligned.safetensors
   wspace merge a.safetensors b.safetensors --model py:net.py:build --out merged.safetensors
+  wspace prune torchvision:resnet18 small.safetensors --amount 0.5 --of flops
   wspace nowcast runs/mine --horizon 10 --out ahead.safetensors
   wspace fit --config configs/inr_classification_gmn.yaml --data.path zoos/mnist
   wspace predict --ckpt last.safetensors model.safetensors
@@ -134,6 +136,9 @@ def parser() -> Parser:
         options(it)
         _code_options(it)
         network_options(it)
+    it = command("prune", prune, "take units out of a network, and write the smaller one")
+    prune_options(it)
+    _code_options(it)
     it = command("nowcast", nowcast, "predict a later checkpoint from the last ones of a run")
     nowcast_options(it)
     _code_options(it)

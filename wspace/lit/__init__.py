@@ -3,6 +3,8 @@
 - `ZooDataModule` gives batches of a zoo; `wspace.augment` changes them in training.
 - `Classification`, `Prediction`, `Editing` and `Contrastive` are tasks; each makes its metanet by
   name (`build_metanet`) for the zoo it meets. `Nowcasting` trains predictors of future states.
+- `NowcastCallback` jumps ahead in any training, `IterativePruning` prunes in stages within it, and
+  `GroupSparsityCallback` prepares that.
 - `load_task` reads a trained task, `predict` and `predict_zoo` ask it.
 
 This package alone imports Lightning, and nothing else imports this package at import time.
@@ -25,6 +27,8 @@ from wspace.lit.nowcasting import Nowcasting as Nowcasting
 from wspace.lit.predict import load_task as load_task
 from wspace.lit.predict import predict as predict
 from wspace.lit.predict import predict_zoo as predict_zoo
+from wspace.lit.pruning import GroupSparsityCallback as GroupSparsityCallback
+from wspace.lit.pruning import IterativePruning as IterativePruning
 from wspace.lit.task import Optimization as Optimization
 from wspace.lit.task import Task as Task
 from wspace.lit.windows import Windows as Windows

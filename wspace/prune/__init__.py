@@ -9,6 +9,7 @@ said by an importance, how many go by a `Selection`, and what that saves by a `C
 from wspace.prune.cost import Cost as Cost
 from wspace.prune.cost import Latency as Latency
 from wspace.prune.cost import latency as latency
+from wspace.prune.curve import Point as Point
 from wspace.prune.effects import removal_effects as removal_effects
 from wspace.prune.effects import stacked_effects as stacked_effects
 from wspace.prune.importance import FPGM as FPGM
