@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +99,6 @@ def prune(
         >>> prune(mlp, space, amount=0.5, importance="magnitude")[0].out_features
         4
     """
-    if isinstance(keep, float | int):
-        keep, amount = None, float(keep) if amount is None else amount
     if (keep is None) == (amount is None):
         raise PruneError(
             message(
@@ -110,6 +107,8 @@ def prune(
                 got="both" if amount is not None else "neither",
             )
         )
+    if keep is not None and not isinstance(keep, Mapping | Restriction):
+        keep, amount = None, float(keep)
     given = cast(dict[str, Any], options)
     if unknown := [name for name in given if name not in Options.__annotations__]:
         raise PruneError(
@@ -142,7 +141,8 @@ class Pruner:
         rebuild: See `prune`.
 
     Raises:
-        PruneError: If there are no example inputs.
+        PruneError: If there are no example inputs, the module is a wrapper for several devices, or
+            there is no such way to rebuild.
     """
 
     def __init__(
@@ -172,6 +172,13 @@ class Pruner:
                     expected="the module itself",
                     got="its wrapper for several devices",
                     help="prune `module.module`, and wrap what comes out",
+                )
+            )
+        if rebuild not in get_args(Rebuild):
+            raise PruneError(
+                message(
+                    f"prune: no way to rebuild called {rebuild!r}",
+                    expected=f"one of {', '.join(map(repr, get_args(Rebuild)))}",
                 )
             )
         self.module, self.space, self.rebuild = module, space, rebuild
@@ -249,10 +256,10 @@ class Pruner:
         keep = select(
             self.space,
             scores,
-            replace(selection, ignore=(*selection.ignore, *self.pinned)),
+            selection,
             equal=self.ties,
             cost=self.cost if selection.of == "flops" else None,
-            least=self.sizes.least,
+            least={**self.sizes.least, **{g: self.space.groups[g].size for g in self.pinned}},
         )
         return Restriction(self.space, keep)
 
