@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = (
     *("trace_speed", "trace_scale", "act_speed", "which_models"),
     *("layer_speed", "metanet_speed", "zoo_speed", "training_speed"),
-    "align_speed",
+    *("align_speed", "prune_cases", "prune_speed"),
 )
 
 
