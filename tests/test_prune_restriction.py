@@ -70,6 +70,7 @@ def test_units_stay_in_their_contexts(generator: torch.Generator) -> None:
         ({"h9": torch.ones(12, dtype=torch.bool)}, "'h9', which is no group of the space"),
         ({"h1": torch.ones(11, dtype=torch.bool)}, r"expected bool \(12,\)"),
         ({"h1": torch.ones(12)}, r"'h1' of float32 \(12,\), expected bool"),
+        ({"h1": [True] * 12}, r"'h1' of list, expected a bool tensor \(12,\)"),
         ({"h1": torch.zeros(12, dtype=torch.bool)}, "'h1' with none of its 12 units"),
         ({"5": torch.ones(5, dtype=torch.bool)}, "'5', which cannot lose units: it is fixed"),
     ],
@@ -106,6 +107,13 @@ def test_neither_or_both_of_keep_and_amount() -> None:
         prune(module, space)
     with pytest.raises(PruneError, match="got both"):
         prune(module, space, {"h1": torch.arange(12) < 3}, amount=0.5)
+    with pytest.raises(PruneError, match="got both"):
+        prune(module, space, 0.5, amount=0.25)
+    with pytest.raises(PruneError, match="no way to rebuild called 'cpy'"):
+        prune(module, space, amount=0.5, rebuild="cpy")  # type: ignore[arg-type]
+    assert prune(module, space, torch.tensor(0.5))[0].out_features < 12  # type: ignore[arg-type]
+    with pytest.raises(PruneError, match="prune `module.module`"):
+        prune(nn.DataParallel(module), space, amount=0.5)
     with pytest.raises(PruneError, match="no option 'rounds'"):
         prune(module, space, amount=0.5, rounds=3)  # type: ignore[call-arg]
     with pytest.raises(PruneError, match="at least one unit of every group stays"):
@@ -166,6 +174,39 @@ def test_directions_under_weight_norm_are_not_switched_off() -> None:
     assert torch.isfinite(y).all()
 
 
+def test_tied_names_are_switched_off_together() -> None:
+    module, args, kwargs = build("language_model_tied")
+    space = wspace.trace(module, args, kwargs)
+    name, g = next(iter(prunable(space).items()))
+    few = Restriction(space, {name: (torch.arange(g.size) > 0).expand(shape_of(g, space))})
+    masked = few.masked(module.state_dict())
+    (tied,) = (p for p in space.params if p.ties)
+    for tie in tied.ties:
+        assert torch.equal(masked[tie], masked[tied.name])
+        assert not torch.equal(masked[tie], module.state_dict()[tie])
+
+
+def test_masks_follow_a_module_that_is_cast() -> None:
+    module = mlp().double()
+    space, before = wspace.trace(module, X.double()), snapshot(module)
+    mask = Mask(module, space, {"h1": torch.arange(12) < 5})
+    module.float()
+    mask.again()
+    mask.remove()
+    assert all(torch.equal(x, before[n].float()) for n, x in module.state_dict().items())
+
+
+def test_masks_do_not_write_in_dead_tensors() -> None:
+    module = mlp()
+    space = wspace.trace(module, X)
+    mask = Mask(module, space, {"h1": torch.arange(12) < 5})
+    module[0].weight = nn.Parameter(torch.ones(12, 5))
+    for attempt in (mask.again, mask.remove):
+        with pytest.raises(PruneError, match=r"were replaced[^$]*'0.weight'"):
+            attempt()
+    assert (module[0].weight == 1).all()
+
+
 def test_two_prunings_do_not_know_of_each_other() -> None:
     module = mlp()
     space = wspace.trace(module, X)
@@ -197,6 +238,8 @@ def test_a_saved_network_is_loaded(tmp_path: Path) -> None:
         save(small, few, tmp_path / "small.pt")
     with pytest.raises(CheckpointError, match="no tensor"):
         save(mlp(), few, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor '.*' of shape"):
+        save(module, few, tmp_path / "large.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
 
@@ -206,6 +249,8 @@ def test_a_state_of_another_network_is_refused() -> None:
     state = snapshot(module)
     with pytest.raises(CheckpointError, match="is not a pruned state|does not fit"):
         load(module, space, {**state, "2.weight": torch.zeros(8, 11)})
+    with pytest.raises(CheckpointError, match="counts of 'h9'"):
+        load(module, space, state, {"h9": 3})
     with pytest.raises(CheckpointError, match="missing 0.weight"):
         load(module, space, {"4.bias": state["4.bias"]})
 
@@ -217,3 +262,6 @@ def test_a_module_of_another_space_is_refused() -> None:
         prune(other, space, {"h1": torch.arange(12) < 5})
     with pytest.raises(SpaceMismatch):
         Mask(other, space, {"h1": torch.arange(12) < 5})
+    few = Restriction(wspace.trace(other, X), {"h1": torch.arange(11) < 5})
+    with pytest.raises(PruneError, match="of another weight space"):
+        Mask(mlp(), space, few)

@@ -410,6 +410,24 @@ def test_ratios_hold_and_count_towards_the_budget(generator: torch.Generator) ->
     assert counts(space, units)["h2"] + counts(space, units)["h3"] == 25
 
 
+def test_ratios_of_groups_that_are_held_back_are_an_error(generator: torch.Generator) -> None:
+    space = chain(10, 20, 30)
+    scores = random_scores(space, generator)
+    half = Selection(ratios={"h1": 0.5})
+    for selection, least in (
+        (replace(half, ignore=["h1"]), {}),
+        (replace(half, groups=["h2", "h3"]), {}),
+        (half, {"h1": 10}),
+    ):
+        with pytest.raises(PruneError, match="may not lose units[^$]*a ratio for 'h1'"):
+            select(space, scores, selection, least=least)
+    some = select(space, scores, replace(half, ratios={"h*": 0.5}, ignore=["h1"]))
+    assert counts(space, some) == {"h1": 10, "h2": 10, "h3": 15}
+    del scores["h1"]  # what must stay whole needs no scores
+    held = select(space, scores, Selection(amount=0.5), least={"h1": 10})
+    assert counts(space, held)["h1"] == 10 and sum(counts(space, held).values()) == 35
+
+
 def test_ignored_groups_and_parameters_stay_whole(generator: torch.Generator) -> None:
     space = rich()
     scores = random_scores(space, generator)

@@ -120,6 +120,13 @@ def load(
     state = source if isinstance(source, Mapping) else load_checkpoint(source)
     noted = _noted(state) if isinstance(state, Checkpoint) else {}
     shapes = {n: tuple(x.shape) for n, x in state.items()}
+    if unknown := [g for g in counts or {} if g not in space.groups]:
+        raise CheckpointError(
+            message(
+                f"prune: counts of {', '.join(map(repr, unknown))}",
+                expected=f"groups of the space: {', '.join(space.groups)}",
+            )
+        )
     counts = counts_of(space, shapes, {**noted, **(counts or {})})
     free = prunable(space)
     keep = {
@@ -147,13 +154,17 @@ def save(module: nn.Module, few: Restriction, path: str | Path) -> None:
     """
     path = Path(path)
     state = module.state_dict()
-    missing = [p.name for p in few.small.params if p.name not in state]
+    missing = [
+        f"{p.name!r} of shape {p.shape}"
+        for p in few.small.params
+        if p.name not in state or tuple(state[p.name].shape) != p.shape
+    ]
     if path.suffix != ".safetensors" or missing:
         raise CheckpointError(
             message(
                 f"prune: {type(module).__name__} cannot be saved to {path.name}",
                 expected="a module of the small space and a file .safetensors",
-                got=[f"no tensor {n!r}" for n in missing] or f"the suffix {path.suffix!r}",
+                got=[f"no tensor {line}" for line in missing] or f"the suffix {path.suffix!r}",
             )
         )
     notes = {"format": "pt", COUNTS: json.dumps(few.counts())}

@@ -26,7 +26,8 @@ class Mask:
         keep: Group → bool ``(*sizes of over, size)``, or a `Restriction` of the space.
 
     Raises:
-        PruneError: If `keep` does not fit the space; the module is untouched then.
+        PruneError: If `keep` does not fit the space, or is of another one; the module is untouched
+            then.
         SpaceMismatch: If the module is not of this space.
 
     Example:
@@ -40,6 +41,14 @@ class Mask:
 
     def __init__(self, module: nn.Module, space: WeightSpace, keep: Keep | Restriction) -> None:
         restriction = keep if isinstance(keep, Restriction) else Restriction(space, keep)
+        if restriction.large != space:
+            raise PruneError(
+                message(
+                    "mask: the restriction is of another weight space",
+                    expected="one of the space that is given",
+                    help="make it anew: `Restriction(space, masks)`",
+                )
+            )
         space.validate(dict(module.named_parameters(remove_duplicate=False)) | _buffers(module))
         self.module, self.restriction = module, restriction
         params = dict(module.named_parameters(remove_duplicate=False))
@@ -61,10 +70,11 @@ class Mask:
         """Sets to zero again what an optimizer has moved, and clears it in the gradients.
 
         Raises:
-            PruneError: If the mask was removed.
+            PruneError: If the mask was removed, or a parameter is another object now.
         """
         self._check()
-        for x, gone, _ in self._gone.values():
+        for x, off, _ in self._gone.values():
+            gone = off.to(x.device)
             x.masked_fill_(gone, 0)
             if x.grad is not None:
                 x.grad.masked_fill_(gone, 0)
@@ -90,13 +100,13 @@ class Mask:
         """Puts back what stood in the place of the zeros; the rest stays as trained meanwhile.
 
         Raises:
-            PruneError: If the mask was removed already.
+            PruneError: If the mask was removed already, or a parameter is another object now.
         """
         self._check()
         for handle in self._handles:
             handle.remove()
         for x, gone, before in self._gone.values():
-            x[gone] = before
+            x[gone.to(x.device)] = before.to(x.device, x.dtype)
         self._gone, self._handles = {}, []
 
     def _check(self) -> None:
@@ -105,6 +115,16 @@ class Mask:
                 message(
                     "mask: it was removed",
                     help="make a new one: `Mask(module, space, mask.keep)`",
+                )
+            )
+        replaced = [n for n, (x, *_) in self._gone.items() if self.module.get_parameter(n) is not x]
+        if replaced:
+            raise PruneError(
+                message(
+                    "mask: parameters were replaced while it was on",
+                    expected="the objects that zeros were written in",
+                    got=[repr(n) for n in replaced],
+                    help="change parameters in place (`load_state_dict` without assign=True)",
                 )
             )
 

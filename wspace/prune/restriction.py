@@ -305,7 +305,9 @@ def _checked(space: WeightSpace, keep: Keep) -> tuple[dict[str, Tensor], dict[st
         if name not in free:
             continue
         shape = shape_of(free[name], space)
-        if mask.dtype != torch.bool or tuple(mask.shape) not in (shape, shape[-1:]):
+        if not isinstance(mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            wrong.append(f"{name!r} of {type(mask).__name__}, expected a bool tensor {shape}")
+        elif mask.dtype != torch.bool or tuple(mask.shape) not in (shape, shape[-1:]):
             wrong.append(
                 f"{name!r} of {str(mask.dtype)[6:]} {tuple(mask.shape)}, expected bool {shape}"
             )

@@ -132,14 +132,16 @@ def select(
             sizes. A set with a group that may not lose units stays whole.
         cost: What to count a budget in parameters or FLOPs with; parameters are counted from the
             space when None.
-        least: Group → units that have to stay, such as those that a top-k asks for.
+        least: Group → units that have to stay, such as those that a top-k asks for; a group of
+            which all have to is held back, with all that it is to be equal to.
 
     Returns:
         Group → bool ``(*sizes of over, size)``, true for units that stay, for every prunable group.
 
     Raises:
         PruneError: If scores are missing, of the wrong shape or not finite, a name or glob fits
-            nothing, or the budget cannot be reached under the options; it says what can.
+            nothing, a ratio fits only groups that are held back, or the budget cannot be reached
+            under the options; it says what can.
 
     Example:
         >>> import torch, wspace
@@ -223,7 +225,9 @@ def _bundles(
 ) -> list[_Bundle]:
     """The bundles that may lose units, in the order of the space."""
     free = prunable(space)
-    held = _held(space, selection)
+    held = _held(space, selection) | {
+        g for g, n in least.items() if g in free and n >= free[g].size
+    }
     wrong = [f"{g!r} in `equal`, no group" for s in equal for g in s if g not in space.all_groups]
     wrong += [f"{g!r} in `least`, no group" for g in least if g not in space.all_groups]
     _raise_if(wrong, "names that fit nothing", "names of groups", _HELP)
@@ -244,7 +248,19 @@ def _bundles(
         levels = _levels(groups, selection, max(least.get(n, 1) for n in names))
         bundles.append(_Bundle(groups, rows, torch.tensor(levels), next(iter(given), None)))
     _raise_if(wrong, "groups cannot keep equal counts", "one size and one ratio", "")
+    idle = [g for g, r in selection.ratios.items() if r and not _fits(g, bundles)]
+    _raise_if(
+        [f"a ratio for {g!r}" for g in idle],
+        "ratios of groups that may not lose units",
+        "ratios of groups that are not held back",
+        "these groups are ignored, left out of `groups`, fixed by the module's code, or equal to "
+        "one that is",
+    )
     return bundles
+
+
+def _fits(glob: str, bundles: Iterable[_Bundle]) -> bool:
+    return any(fnmatchcase(g.name, glob) for b in bundles for g in b.groups)
 
 
 _HELP = "`print(space)` shows the groups and parameters"
