@@ -1,6 +1,7 @@
 """The small module beside the masked one: what is caught, what is undone, what stays."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +160,21 @@ def test_gaps() -> None:
     assert gap([one], [one]) == 0.0 and gap([a * 0], [a * 0]) == 0.0
     assert agree([a], [a * (1 + 1e-5)], nn.Linear(1, 1))
     assert not agree([a], [a * (1 + 1e-2)], nn.Linear(1, 1))
+
+
+def test_a_copy_does_not_save_a_config_that_is_wrong(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=12, n_head=2, vocab_size=9, n_positions=8, use_cache=False
+    )
+    module = transformers.GPT2LMHeadModel(config).eval()
+    space = wspace.trace(module, torch.arange(4)[None])
+    neurons = group(space, "transformer.h.0.mlp.c_fc.weight", 1)
+    keep = {neurons: torch.arange(48) < 20}
+    small = prune(module, space, keep, rebuild="copy")
+    with pytest.raises(PruneError, match=r"wspace\.prune\.save"):
+        small.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    built = prune(module, space, keep)
+    assert built.config.n_inner == 20 and module.config.n_inner is None
+    built.save_pretrained(tmp_path)

@@ -302,7 +302,10 @@ class Pruner:
         return self._copy(few)
 
     def _copy(self, few: Restriction) -> nn.Module:
-        return compact(self.module, few, self.sizes.solve(few.small), self._factors(few))
+        small = compact(self.module, few, self.sizes.solve(few.small), self._factors(few))
+        if has_config(small):
+            small.__dict__["save_pretrained"] = _no_config
+        return small
 
     def _reference(self, few: Restriction) -> nn.Module | None:
         """What a module built from a config has to compute, if the code allows a copy."""
@@ -444,3 +447,14 @@ class Pruner:
                     self.space, {g: half.expand(shape_of(free[g], self.space)) for g in tied}
                 )
         return None
+
+
+def _no_config(*_: Any, **__: Any) -> None:
+    """Stands for `save_pretrained` on a copy: its config still says the sizes before pruning."""
+    raise PruneError(
+        message(
+            "save_pretrained: this model was pruned as a copy, and its config does not say its sizes",
+            expected="a model that its class builds from its config",
+            help='save it with `wspace.prune.save`, or prune it with rebuild="config"',
+        )
+    )
