@@ -342,9 +342,9 @@ class IterativePruning(Callback):
         Raises:
             PruneError: If there was no fit, the part is small already, or the fit still runs.
         """
-        wrong = "it is small already" if self.compacted else ""
-        if self._pruner is None:
-            wrong = "nothing was trained with this callback"
+        wrong = "" if self._pruner else "nothing was trained with this callback"
+        if self.compacted:
+            wrong = "it is small already"
         if self._running:
             wrong = "the fit still runs, and optimizer and trainer hold on to its tensors"
         if wrong or self._pruner is None:
@@ -360,6 +360,8 @@ class IterativePruning(Callback):
             carry(optimizer, part, few, small)
         holder, _, name = self.module.rpartition(".")
         setattr(pl_module.get_submodule(holder), name, small)
+        if self.mask is not None:
+            self.mask.remove()  # with its hooks; the large part is of no more use here
         self._pruner, self.mask, self.compacted = None, None, True
         return small
 

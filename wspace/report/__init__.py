@@ -1,4 +1,4 @@
-"""Pictures and pages: spaces, parameter graphs, losses and many models as figures; HTML files.
+"""Pictures and pages: spaces, graphs, losses, prunings and many models as figures; HTML files.
 
 Nothing here prints, and nothing touches matplotlib's global state. A figure is drawn for a path
 and its suffix says the format; a page holds everything it shows, so it can be sent as one file.
@@ -8,7 +8,16 @@ from wspace.report.graph import plot_graph
 from wspace.report.losses import plot_losses
 from wspace.report.models import plot_models
 from wspace.report.page import Report
+from wspace.report.pruning import plot_pruning
 from wspace.report.space import plot_space
 from wspace.report.units import plot_units
 
-__all__ = ["Report", "plot_graph", "plot_losses", "plot_models", "plot_space", "plot_units"]
+__all__ = [
+    "Report",
+    "plot_graph",
+    "plot_losses",
+    "plot_models",
+    "plot_pruning",
+    "plot_space",
+    "plot_units",
+]
