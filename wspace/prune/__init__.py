@@ -26,8 +26,8 @@ from wspace.prune.masks import Mask as Mask
 from wspace.prune.measured import ActivationNorm as ActivationNorm
 from wspace.prune.measured import HessianDiagonal as HessianDiagonal
 from wspace.prune.measured import Taylor as Taylor
-from wspace.prune.prune import Pruner as Pruner
 from wspace.prune.prune import prune as prune
+from wspace.prune.pruner import Pruner as Pruner
 from wspace.prune.restriction import Restriction as Restriction
 from wspace.prune.restriction import prunable as prunable
 from wspace.prune.select import Selection as Selection

@@ -174,7 +174,7 @@ def _load(small: nn.Module, state: State) -> None:
 
 def _reference(module: nn.Module, few: Restriction) -> nn.Module:
     """What the small model has to compute: the copy, or the masked module if there is no copy."""
-    from wspace.prune.prune import Pruner
+    from wspace.prune.pruner import Pruner
 
     try:
         return Pruner(module, few.large, rebuild="copy").prune(few)

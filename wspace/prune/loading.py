@@ -13,7 +13,7 @@ from wspace.action import shape_of
 from wspace.errors import CheckpointError, message
 from wspace.io import Checkpoint, Layout, fit_checkpoint, load_checkpoint, save_checkpoint
 from wspace.prune.compact import compact
-from wspace.prune.prune import Inputs, Pruner
+from wspace.prune.pruner import Inputs, Pruner
 from wspace.prune.restriction import Restriction, prunable
 from wspace.space import WeightSpace
 from wspace.trace.polynomials import Polynomial, of_axis
