@@ -382,6 +382,18 @@ def test_the_penalty_is_the_sum_over_units(
     assert abs(found - float(GroupSparsity(case.space, strength=2.0).penalty(case.state))) > 1e-6
 
 
+def test_sparse_gradients_become_dense() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    module = nn.Sequential(nn.Embedding(9, 5, sparse=True), nn.Linear(5, 2)).double()
+    space = wspace.trace(module, ids)
+    module(ids).sum().backward()
+    before = {n: p.grad.to_dense().clone() for n, p in module.named_parameters()}
+    penalty = GroupSparsity(space, strength=0.1)
+    penalty.add_to_gradients(module)
+    added = torch.autograd.grad(penalty.penalty(dict(module.named_parameters())), module[0].weight)
+    assert torch.allclose(module[0].weight.grad - before["0.weight"], added[0])
+
+
 def test_training_makes_units_vanish() -> None:
     """The weakest unit of a plain decay by these factors shrinks α times as fast."""
     module, space = three()

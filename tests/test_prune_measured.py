@@ -292,6 +292,26 @@ def test_frozen_parameters_count() -> None:
     assert torch.equal(before, after)
 
 
+def test_sparse_gradients_count_like_dense_ones() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    module = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 2)).double()
+    space = wspace.trace(module, ids)
+    for estimate in ("fisher", "hutchinson"):
+        scores = []
+        for module[0].sparse in (False, True):
+            generator = torch.Generator().manual_seed(0)
+            scores.append(
+                [
+                    Taylor([ids], mean_square)(module, space),
+                    HessianDiagonal([ids], mean_square, estimate, generator=generator)(
+                        module, space
+                    ),
+                ]
+            )
+        for dense, sparse in zip(*scores, strict=True):
+            assert dense["h1"].any() and torch.equal(dense["h1"], sparse["h1"])
+
+
 def test_refusals() -> None:
     module, space, data = mlp()
     for importance in (

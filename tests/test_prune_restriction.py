@@ -153,6 +153,20 @@ def test_masks_hold_while_training_and_come_off() -> None:
         mask.remove()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_masks_clear_gradients_of_what_is_off(sparse: bool) -> None:
+    """Else gradients that are summed over steps would move it again."""
+    ids = torch.tensor([[1, 2]])
+    module = nn.Sequential(nn.Embedding(6, 8, sparse=sparse), nn.Linear(8, 2))
+    space = wspace.trace(module, ids)
+    mask = Mask(module, space, {"h1": torch.arange(8) < 5})
+    module(ids).sum().backward()
+    mask.again()
+    gradient = module[0].weight.grad
+    assert gradient.is_sparse == sparse
+    assert gradient.to_dense()[1, :5].any() and not gradient.to_dense()[:, 5:].any()
+
+
 def test_masks_come_off_after_an_error() -> None:
     module = mlp()
     space, before = wspace.trace(module, X), snapshot(module)

@@ -76,7 +76,9 @@ class Mask:
         for x, off, _ in self._gone.values():
             gone = off.to(x.device)
             x.masked_fill_(gone, 0)
-            if x.grad is not None:
+            if x.grad is not None and x.grad.is_sparse:
+                x.grad = x.grad.to_dense().masked_fill_(gone, 0).to_sparse(1)
+            elif x.grad is not None:
                 x.grad.masked_fill_(gone, 0)
 
     def hold(self, optimizer: torch.optim.Optimizer) -> Self:

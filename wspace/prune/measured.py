@@ -330,7 +330,7 @@ class _Run:
             ),
         )
         return {
-            name: _real(torch.zeros_like(x) if g is None else g)
+            name: _real(torch.zeros_like(x) if g is None else g.to_dense())
             for (name, x), g in zip(self.parameters.items(), found, strict=True)
         }
 

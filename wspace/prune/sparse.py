@@ -124,7 +124,8 @@ class GroupSparsity:
     def add_to_gradients(self, module: nn.Module) -> None:
         """Adds the gradient of the penalty to ``.grad`` in place, once for tied parameters.
 
-        Parameters that do not require gradients stay as they are; a gradient that is None is made.
+        Parameters that do not require gradients stay as they are; a gradient that is None is made,
+        and a sparse one becomes dense.
 
         Args:
             module: A module of the space.
@@ -142,6 +143,8 @@ class GroupSparsity:
                 continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+            elif p.grad.is_sparse:  # of an embedding; the penalty is on all of its rows
+                p.grad = p.grad.to_dense()
             for x in gammas:
                 p.grad.addcmul_(p.detach(), (x * self.strength).to(p.device, p.dtype))
 
