@@ -289,6 +289,17 @@ def test_the_shipped_one_scores_every_network(name: str) -> None:
         assert bool((x > 0).all()) and bool(x.isfinite().all())
 
 
+def test_what_cannot_be_judged_comes_first() -> None:
+    module, args, kwargs = build("nerf")
+    space = wspace.trace(module, args, kwargs)
+    (name,) = [n for n, (nodes, _) in unit_nodes(space).items() if not len(nodes)]
+    for importance in (Predicted(predictor()), MeanField()):
+        scores = importance(module, space)
+        assert scores.keys() == prunable(space).keys()
+        most = max(float(x.max()) for n, x in scores.items() if n != name)
+        assert bool((scores[name] >= most).all()) and bool(scores[name].isfinite().all())
+
+
 def test_the_shipped_one_has_a_card() -> None:
     card = predictor_card("small")
     assert card["networks"] > 100 and json.dumps(card)
