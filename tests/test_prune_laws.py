@@ -20,6 +20,7 @@ from wspace.action import shape_of
 from wspace.errors import PruneError
 from wspace.prune import Mask, Pruner, Restriction, counts_of, load, prunable, prune
 from wspace.space import Axis, Concat, Group, WeightSpace
+from wspace.trace.sandbox import tensors_in
 
 EXACT = 1e-10
 CONTROL = 1e-6
@@ -277,3 +278,26 @@ def test_masks_off_leave_the_network_as_it_was(pruned: Callable[[str], Pruned]) 
         )
     after = case.module.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "lstm", "vit", "attention_gqa"])
+def test_small_modules_train_export_and_are_pruned_again(
+    name: str, pruned: Callable[[str], Pruned], generator: torch.Generator
+) -> None:
+    case = pruned(name)
+    small = case.pruner.prune(case.few).train()
+    flat = [y for y in outputs(small, state_of(small), case.args, case.kwargs) if y.numel()]
+    assert flat
+    small.train()
+    y = small(*case.args, **case.kwargs)
+    loss = sum(t.square().sum() for t in tensors_in(y))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    used = [x for x in small.parameters() if x.grad is not None]
+    assert used and all(x.grad is not None and x.grad.shape == x.shape for x in used)
+    if name != "lstm":  # torch warns of its own reference to the weights, pruned or not
+        torch.export.export(small.eval(), tuple(case.args), dict(case.kwargs))
+    space = wspace.trace(small, case.args, case.kwargs)
+    again = Pruner(small, space, rebuild="copy")
+    smaller = again.prune(some(again, generator))
+    assert sum(x.numel() for x in smaller.parameters()) < sum(x.numel() for x in small.parameters())
