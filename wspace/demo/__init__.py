@@ -1,4 +1,4 @@
-"""The demonstration: small networks trained, converted, moved, proved, nowcast and aligned.
+"""The demonstration: small networks trained, converted, moved, proved, pruned, nowcast, aligned.
 
 A list of steps, each a function that does one thing for real, prints what it found and adds it to
 the page. Nothing is downloaded: the digits are scikit-learn's, the other networks come from their
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import wspace
 from wspace.demo.aligning import align_zoo
 from wspace.demo.nowcasting import nowcast
+from wspace.demo.pruning import prune_network
 from wspace.demo.zoo import ask, build_zoo, train_metanets
 from wspace.errors import MissingExtra, message
 from wspace.graph import decode, encode, load_graph, save_graph
@@ -367,6 +368,7 @@ STEPS: tuple[tuple[str, Callable[[Stage], None]], ...] = (
     ("Move it: other weights, same function", _move),
     ("Prove it, here and on other architectures", _verify),
     ("A transformer as a graph", _transformer),
+    ("Prune it, and train what is left", prune_network),
     ("Nowcast a training run", nowcast),
     ("Build a zoo of classifiers", build_zoo),
     ("Align networks of the zoo", align_zoo),
