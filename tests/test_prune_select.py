@@ -428,6 +428,21 @@ def test_ratios_of_groups_that_are_held_back_are_an_error(generator: torch.Gener
     assert counts(space, held)["h1"] == 10 and sum(counts(space, held).values()) == 35
 
 
+def test_equal_groups_obey_the_limits_of_each(generator: torch.Generator) -> None:
+    """Kept counts are multiples of all their numbers, and as many stay as any of them needs."""
+    space = chain(24, 24, 10)
+    scores = random_scores(space, generator)
+    for names in (("h1", "h2"), ("h2", "h1")):
+        rounds = {"h1": 4, "h2": 6}
+        keep = select(space, scores, Selection(ratios={"h1": 0.3}, round_to=rounds), equal=[names])
+        assert counts(space, keep) == {"h1": 24, "h2": 24, "h3": 10}  # 18 and 20 fit one only
+        keep = select(space, scores, Selection(ratios={"h1": 0.6}, round_to=rounds), equal=[names])
+        assert counts(space, keep) == {"h1": 12, "h2": 12, "h3": 10}
+        for least in ({"h1": 15}, {"h2": 15}, {"h1": 3, "h2": 15}, {"h1": 15, "h2": 3}):
+            keep = select(space, scores, Selection(ratios={"h1": 0.9}), equal=[names], least=least)
+            assert counts(space, keep) == {"h1": 15, "h2": 15, "h3": 10}
+
+
 def test_ignored_groups_and_parameters_stay_whole(generator: torch.Generator) -> None:
     space = rich()
     scores = random_scores(space, generator)
