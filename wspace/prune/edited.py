@@ -21,7 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
-from math import exp, prod
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,7 @@ from wspace.graph import ParameterGraph, encode
 from wspace.nn.gmn import GraphMetanet
 from wspace.nn.metanet import Metanet
 from wspace.prune.effects import Loss, strips
-from wspace.prune.predictor import UnitPredictor
+from wspace.prune.predictor import UnitPredictor, load_predictor
 from wspace.prune.restriction import prunable
 from wspace.restore import modes_of, put_modes
 from wspace.space import WeightSpace
@@ -123,8 +123,8 @@ class Editor(nn.Module):
     Args:
         metanet: With the head ``"parameter"``; a small `GraphMetanet` whose first changes are a
             hundredth of the weights if None.
-        gates: Predicts each unit's logit; a small `UnitPredictor` if None, which starts from the
-            mean-field estimate of effects. False for no gates.
+        gates: Predicts the logarithm of each unit's effect, of which logits are `SHARP` times that
+            plus `OPEN`; a copy of the shipped `UnitPredictor` if None. False for no gates.
 
     Raises:
         PruneError: If the metanet has another head.
@@ -146,7 +146,8 @@ class Editor(nn.Module):
         self.metanet = metanet
         self.gates = None
         if gates is not False:
-            self.gates = gates if isinstance(gates, UnitPredictor) else UnitPredictor(channels=16)
+            made = gates if isinstance(gates, UnitPredictor) else load_predictor("small")
+            self.gates = made.requires_grad_(True)
 
     def forward(self, graph: ParameterGraph) -> dict[str, Tensor]:
         """The edited state of a graph without batch axes."""
@@ -154,7 +155,7 @@ class Editor(nn.Module):
         if self.gates is None:
             return state
         for name, logits in self.gates(graph).items():
-            gate = (torch.sigmoid(logits + OPEN) / _sigmoid(OPEN)).flatten()
+            gate = torch.sigmoid(SHARP * logits + OPEN).flatten()
             for parameter, places in strips(graph.space, graph.space.all_groups[name]).items():
                 x = state[parameter]
                 for numbers in places:
@@ -164,8 +165,9 @@ class Editor(nn.Module):
         return state
 
 
-OPEN = 3.0
-"""Logit of a gate whose unit has the network's mean effect: nearly open."""
+OPEN, SHARP = 6.0, 5.0
+"""Logit of a gate whose unit has the network's mean effect, and how much it falls for one that has
+less by a factor of e: at a third of the mean effect a gate is half open, at a tenth it is shut."""
 
 
 class MetaPruner:
@@ -201,7 +203,7 @@ class MetaPruner:
         self,
         metanet: Editor | Metanet | None = None,
         *,
-        strength: float = 1.0,
+        strength: float = 3.0,
         penalty: Penalty | None = None,
         learning_rate: float = 3e-3,
     ) -> None:
@@ -320,10 +322,6 @@ def edit(
 
 
 # --------------------------------------------------------------------------- helpers
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + exp(-x))
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:
