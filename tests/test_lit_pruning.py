@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import wspace
 from wspace.demo import digits
 from wspace.errors import PruneError
-from wspace.lit import GroupSparsityCallback, IterativePruning
-from wspace.lit.pruning import carry, cubic
-from wspace.prune import Cost, GroupSparsity, Magnitude, Restriction, Selection, prune
+from wspace.lit import GroupSparsityCallback, IterativePruning, NowcastCallback
+from wspace.lit.pruning import cubic
+from wspace.nowcast import LinearFit
+from wspace.prune import Cost, GroupSparsity, Magnitude, Restriction, Selection, carry, prune
 from wspace.report import plot_pruning
 
 pytestmark = [
@@ -69,7 +70,7 @@ class Watch(Callback):
     def __init__(self, prune: IterativePruning) -> None:
         self.prune = prune
         self.kept: list[dict[str, int]] = []
-        self.worst = 0.0
+        self.worst = self.zeros = 0.0
         self.states: list[dict[str, Tensor]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
@@ -81,6 +82,7 @@ class Watch(Callback):
         known = dict(pl_module.model.named_parameters())
         for p in few.touched:
             off = few.zeroed(p)
+            self.zeros = max(self.zeros, float(known[p.name].detach()[off].abs().max()))
             moments = trainer.optimizers[0].state[known[p.name]]
             for x in (known[p.name].detach(), moments["exp_avg"], moments["exp_avg_sq"]):
                 self.worst = max(self.worst, float(x[off].abs().max()))
@@ -186,6 +188,31 @@ def test_before_the_first_stage_training_is_what_it_was() -> None:
     for a, b in zip(watch.states[:5], plain.states[:5], strict=True):
         assert all(torch.equal(a[n], b[n]) for n in a)
     assert any(not torch.equal(watch.states[5][n], plain.states[5][n]) for n in plain.states[5])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_jumps_and_pruning_go_together(first: bool) -> None:
+    callback = made(every=1, steps=2)
+    jumps = NowcastCallback(LinearFit(context=3), module="model", period=3, horizon=5)
+    watch, order = Watch(callback), [callback, jumps] if first else [jumps, callback]
+    fit(Digits(), [*order, watch], epochs=4)
+    assert len(jumps.jumps) >= 5 and any(j.horizon > 0 for j in jumps.jumps)
+    assert watch.zeros == 0.0 and len(watch.kept) == 15
+
+
+def test_clipping_sees_no_gradient_of_what_is_off() -> None:
+    callback = made(steps=1)
+    seen: list[float] = []
+
+    class Norms(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            few, known = callback.restriction, dict(pl_module.model.named_parameters())
+            for p in () if few is None else few.touched:
+                if (grad := known[p.name].grad) is not None:
+                    seen.append(float(grad[few.zeroed(p)].abs().max()))
+
+    fit(Digits(), [callback, Norms()], epochs=3, gradient_clip_val=0.1)
+    assert seen and max(seen) == 0.0
 
 
 # ---------------------------------------------------------------------------- resumption

@@ -6,7 +6,7 @@ callbacks all hold on to the tensors that a fit began with, and a run that is re
 module of the checkpoint's shapes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from wspace.errors import PruneError, message
+from wspace.prune.carry import carry
 from wspace.prune.cost import latency
 from wspace.prune.curve import Point
 from wspace.prune.importance import Importance, importance_of
@@ -255,7 +256,25 @@ class IterativePruning(Callback):
             optimizer: Whose step it is.
         """
         del pl_module
-        if self.mask and _plain(optimizer) is _plain(trainer.optimizers[self.optimizer]):
+        if self.mask is not None and _plain(optimizer) is _plain(
+            trainer.optimizers[self.optimizer]
+        ):
+            self.mask.again()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the zeros again, in case another callback has moved what is off.
+
+        Args:
+            trainer: Not used.
+            pl_module: Not used.
+            outputs: Not used.
+            batch: Not used.
+            batch_idx: Not used.
+        """
+        del trainer, pl_module, outputs, batch, batch_idx
+        if self.mask is not None:
             self.mask.again()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -424,62 +443,6 @@ class IterativePruning(Callback):
                 latency=took,
             )
         )
-
-
-def carry(
-    optimizer: torch.optim.Optimizer, module: nn.Module, few: Restriction, small: nn.Module
-) -> None:
-    """Lets an optimizer go on with a small module: same groups and options, moments cut.
-
-    Args:
-        optimizer: An optimizer of `module`, changed in place.
-        module: The large module.
-        few: What is kept.
-        small: The small module.
-
-    Raises:
-        PruneError: If the optimizer holds a parameter that is not of the module.
-    """
-    large = dict(module.named_parameters(remove_duplicate=False))
-    names = {id(x): name for name, x in large.items()}
-    there = dict(small.named_parameters(remove_duplicate=False))
-    wrong = [
-        f"a parameter of shape {tuple(x.shape)}"
-        for group in optimizer.param_groups
-        for x in group["params"]
-        if id(x) not in names
-    ]
-    if wrong:
-        raise PruneError(
-            message(
-                "carry: the optimizer holds parameters that are not of the module",
-                expected="an optimizer of the pruned part alone",
-                got=wrong,
-            )
-        )
-    former = dict(optimizer.state)
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        stay: list[nn.Parameter] = []
-        for x in group["params"]:
-            name = names[id(x)]
-            if (new := few.names.get(name, "")) not in there:
-                continue
-            stay.append(there[new])
-            if x in former:
-                optimizer.state[there[new]] = _cut(former[x], x, few, name)
-        group["params"] = stay
-
-
-def _cut(state: Mapping[str, Any], x: Tensor, few: Restriction, name: str) -> dict[str, Any]:
-    """What an optimizer knows of a parameter, for the small one."""
-    p = few.large.by_name[name]
-    return {
-        key: few.cut(p, value).clone()
-        if isinstance(value, Tensor) and value.shape == x.shape
-        else value
-        for key, value in state.items()
-    }
 
 
 def _normalized(x: Tensor, keep: Tensor | None, normalize: str) -> Tensor:

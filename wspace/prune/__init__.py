@@ -6,6 +6,7 @@ it is, `Restriction` is the small weight space with the way to it and back. Whic
 said by an importance, how many go by a `Selection`, and what that saves by a `Cost`.
 """
 
+from wspace.prune.carry import carry as carry
 from wspace.prune.cost import Cost as Cost
 from wspace.prune.cost import Latency as Latency
 from wspace.prune.cost import latency as latency
