@@ -12,7 +12,9 @@ other architectures, without seeing their data. Afterwards one prunes by magnitu
 
 "Meta Pruning via Graph Metanetworks" (arXiv 2506.12041) does this with graphs written by hand for
 each network, ten networks to learn from, and fine-tuning around it that takes GPU hours. Here there
-are minutes: no fine-tuning, any number of networks, the penalty in closed form.
+are minutes: no fine-tuning, any number of networks, the penalty in closed form. Measured on small
+classifiers it is not worth it: training the weights themselves with `concentration` as a penalty,
+for the same time, prunes far better (docs/benchmarks.md).
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -203,9 +205,9 @@ class MetaPruner:
         self,
         metanet: Editor | Metanet | None = None,
         *,
-        strength: float = 3.0,
+        strength: float = 1.0,
         penalty: Penalty | None = None,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
     ) -> None:
         self.editor = metanet if isinstance(metanet, Editor) else Editor(metanet)
         self.strength = strength
