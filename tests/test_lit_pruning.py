@@ -31,20 +31,23 @@ pytestmark = [
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 
 
-def network() -> nn.Sequential:
+def network(*, norm: bool = False) -> nn.Sequential:
+    """With a LayerNorm, gradients of units that are off are not zero."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 10),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20),
+        nn.LayerNorm(20) if norm else nn.Identity(), nn.ReLU(), nn.Linear(20, 10),
     )  # fmt: skip
 
 
 SPACE = wspace.trace(network().eval(), EXAMPLE)
+NORMED = wspace.trace(network(norm=True).eval(), EXAMPLE)
 
 
 class Digits(LightningModule):
-    def __init__(self, *, manual: bool = False) -> None:
+    def __init__(self, *, manual: bool = False, norm: bool = False) -> None:
         super().__init__()
-        self.model = network()
+        self.model = network(norm=norm)
         self.automatic_optimization = not manual
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -106,11 +109,11 @@ def fit(
     return trainer
 
 
-def made(**options: Any) -> IterativePruning:
+def made(space: wspace.WeightSpace = SPACE, **options: Any) -> IterativePruning:
     chosen = {"steps": 3, "start": 1, "repeats": 0, "monitor": "accuracy"} | options
     selection = chosen.pop("selection", Selection(amount=0.6))
     importance = chosen.pop("importance", "magnitude")
-    return IterativePruning(SPACE, importance, selection, **chosen)
+    return IterativePruning(space, importance, selection, **chosen)
 
 
 @pytest.fixture(autouse=True)
@@ -123,9 +126,9 @@ def seeded() -> None:
 
 @pytest.mark.parametrize("importance", ["magnitude", "random"])
 def test_stages_reach_their_amounts_and_nothing_comes_back(importance: str) -> None:
-    callback = made(importance=importance)
+    callback = made(NORMED, importance=importance)
     watch = Watch(callback)
-    fit(Digits(), [callback, watch], epochs=5)
+    fit(Digits(norm=True), [callback, watch], epochs=5)
     assert watch.worst == 0.0  # weights and moments of what is off, after each of the steps
     total = sum(callback.curve[0].kept.values())
     shares = [1 - p.units / total for p in callback.curve]
@@ -192,16 +195,34 @@ def test_before_the_first_stage_training_is_what_it_was() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_jumps_and_pruning_go_together(first: bool) -> None:
-    callback = made(every=1, steps=2)
+    callback = made(NORMED, every=1, steps=2)
     jumps = NowcastCallback(LinearFit(context=3), module="model", period=3, horizon=5)
     watch, order = Watch(callback), [callback, jumps] if first else [jumps, callback]
-    fit(Digits(), [*order, watch], epochs=4)
+    fit(Digits(norm=True), [*order, watch], epochs=4)
     assert len(jumps.jumps) >= 5 and any(j.horizon > 0 for j in jumps.jumps)
     assert watch.zeros == 0.0 and len(watch.kept) == 15
 
 
-def test_clipping_sees_no_gradient_of_what_is_off() -> None:
+def test_what_others_move_is_off_again_before_anyone_looks() -> None:
     callback = made(steps=1)
+    watch = Watch(callback)
+
+    class Mover(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2:  # its hook runs after that of the mask
+                trainer.optimizers[0].register_step_post_hook(lambda *_: self.move(pl_module))
+
+        @torch.no_grad()
+        def move(self, pl_module: LightningModule) -> None:
+            for p in pl_module.parameters():
+                p.add_(0.01)
+
+    fit(Digits(), [Mover(), callback, watch], epochs=3)
+    assert watch.zeros == 0.0 and len(watch.kept) == 10
+
+
+def test_clipping_sees_no_gradient_of_what_is_off() -> None:
+    callback = made(NORMED, steps=1)
     seen: list[float] = []
 
     class Norms(Callback):
@@ -211,7 +232,7 @@ def test_clipping_sees_no_gradient_of_what_is_off() -> None:
                 if (grad := known[p.name].grad) is not None:
                     seen.append(float(grad[few.zeroed(p)].abs().max()))
 
-    fit(Digits(), [callback, Norms()], epochs=3, gradient_clip_val=0.1)
+    fit(Digits(norm=True), [callback, Norms()], epochs=3, gradient_clip_val=0.1)
     assert seen and max(seen) == 0.0
 
 
@@ -219,23 +240,23 @@ def test_clipping_sees_no_gradient_of_what_is_off() -> None:
 
 
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    whole, module = made(), Digits()
+    whole, module = made(NORMED, every=2), Digits(norm=True)
     first = {n: x.clone() for n, x in module.state_dict().items()}
-    fit(module, [whole], epochs=5)
+    fit(module, [whole], epochs=6)
     wanted = {n: x.clone() for n, x in module.state_dict().items()}
 
-    part = made()
+    part = made(NORMED, every=2)
     module.load_state_dict(first)
     saved = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
-    fit(module, [part, saved], epochs=3)  # ends between the second and the third stage
-    again, other = made(), Digits()
+    fit(module, [part, saved], epochs=2)  # between the first stage and the second
+    again, other = made(NORMED, every=2), Digits(norm=True)
     watch = Watch(again)
-    fit(other, [again, watch], epochs=5, ckpt=tmp_path / "epoch=2.ckpt")
+    fit(other, [again, watch], epochs=6, ckpt=tmp_path / "epoch=1.ckpt")
     assert watch.worst == 0.0
     assert [p.plain() for p in again.curve] == [p.plain() for p in whole.curve]
     assert all(torch.equal(x, wanted[n]) for n, x in other.state_dict().items())
     with pytest.raises(PruneError, match="another run"):
-        made(steps=1).load_state_dict(again.state_dict())
+        made(NORMED, steps=1).load_state_dict(again.state_dict())
 
 
 # ---------------------------------------------------------------------------- compaction
