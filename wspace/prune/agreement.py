@@ -13,6 +13,7 @@ from wspace.restore import drawn_again
 from wspace.trace.sandbox import (
     attributes_restored,
     dense_experts,
+    double_precision,
     evaluation_mode,
     state_restored,
     tensors_in,
@@ -22,7 +23,7 @@ Example = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword inputs."""
 POWERS = (0.5, -0.5, 1.0, -1.0)
 """Powers of the share of units left by which code may scale what it computes from them."""
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _LOW = 5e-2
 
 
@@ -45,6 +46,8 @@ def outputs(
             stack.enter_context(context(module))
         stack.enter_context(state_restored(module, values=False))
         stack.enter_context(_tables_restored(module))
+        if next((x.dtype for x in module.parameters()), None) == torch.float64:
+            stack.enter_context(double_precision())
         torch.manual_seed(0)
         args, kwargs = tree_map_only(Tensor, Tensor.clone, (example[0], dict(example[1])))
         if state:
@@ -92,5 +95,10 @@ def gap(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 def agree(a: Sequence[Tensor], b: Sequence[Tensor], module: nn.Module) -> bool:
     """Whether outputs are equal but for rounding, in the precision of a module."""
+    return agrees(gap(a, b), module)
+
+
+def agrees(difference: float, module: nn.Module) -> bool:
+    """Whether a relative difference is rounding, in the precision of a module."""
     dtype = next((x.dtype for x in module.parameters()), torch.float32)
-    return gap(a, b) <= _TOLERANCE.get(dtype, _LOW)
+    return difference <= _TOLERANCE.get(dtype, _LOW)

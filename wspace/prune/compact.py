@@ -195,7 +195,8 @@ def _drop_branches(module: nn.Module, restriction: Restriction, group: str) -> N
     keep = restriction.keep[group]
     for path, places in holders.items():
         held: Any = module.get_submodule(path)
-        stay = [key for key in places if bool(keep[places[key]])]
+        every = [str(k) for k in range(len(held))]
+        stay = [key for key in every if key not in places or bool(keep[places[key]])]
         if isinstance(held, nn.ParameterList):
             kept = [held[int(k)] for k in stay]
             for k in range(len(held)):

@@ -1,5 +1,6 @@
 """What is known of a module for pruning it, and the small modules made of it."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from functools import cached_property
@@ -8,10 +9,11 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from wspace.action import shape_of
 from wspace.errors import PruneError, message
-from wspace.prune.agreement import POWERS, agree, gap, outputs
+from wspace.prune.agreement import POWERS, agree, agrees, gap, outputs
 from wspace.prune.compact import compact
 from wspace.prune.config import config_pinned, config_ties, from_config, has_config
 from wspace.prune.cost import Cost
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 Rebuild = Literal["auto", "config", "copy"]
 """How the small module is made: from a smaller config, or as a copy with its attributes changed."""
 ROOT = "attention over the root of its width"
+EXACT = 1e-8
+"""Largest relative difference in float64 that is rounding."""
 
 
 class Inputs(TypedDict, total=False):
@@ -88,6 +92,7 @@ class Pruner:
         self.module, self.space, self.rebuild = module, space, rebuild
         self.args = (args,) if isinstance(args, Tensor) else tuple(args or ())
         self.kwargs = dict(kwargs or {})
+        self._remedies: dict[str, tuple[int, float] | None] = {}
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -185,9 +190,22 @@ class Pruner:
         """
         few = keep if isinstance(keep, Restriction) else Restriction(self.space, keep)
         small = self._made(few)
+        self._warn(few)
         if check and not any(x.is_meta for x in self.module.parameters()):
             self._compare(few, small)
         return small
+
+    def _warn(self, few: Restriction) -> None:
+        """Says where the code makes a factor of a size that weights cannot undo."""
+        lost = {g: s for g, s in self.sizes.scaled.items() if g in few.keep and not self._remedy(s)}
+        for source in dict.fromkeys(lost.values()):
+            names = ", ".join(g for g, place in lost.items() if place == source)
+            log.warning(
+                "prune: the size of %s is used as a factor at %s, and no weights undo that: what "
+                "is computed there changes in scale",
+                names,
+                source,
+            )
 
     def _made(self, few: Restriction) -> nn.Module:
         if not self.by_config:
@@ -233,7 +251,9 @@ class Pruner:
         survey = self.cost.survey
         found = dict(survey.counted) if survey else {}
         for g, source in self.sizes.scaled.items():
-            if self._remedies[source] is not None:
+            if g not in few.keep:
+                continue
+            if self._remedy(source) is not None:
                 found[g] = tuple(op for op in found.get(g, ()) if op != ROOT)
             else:
                 found[g] = (*found.get(g, ()), source)
@@ -300,8 +320,8 @@ class Pruner:
         """Factors that undo what the code makes of a size: attention divides by its root."""
         found: dict[str, float] = {}
         for g in few.keep:
-            remedy = self._remedies.get(self.sizes.scaled.get(g, ""))
-            if remedy:
+            source = self.sizes.scaled.get(g)
+            if source is not None and (remedy := self._remedy(source)):
                 cured = self._tied.get(g, [g])[remedy[0]]
                 share = few.counts()[cured] / self.space.groups[cured].size
                 found[cured] = share ** remedy[1]
@@ -311,33 +331,62 @@ class Pruner:
     def _tied(self) -> dict[str, list[str]]:
         return {g: tie for tie in self.sizes.ties() for g in tie}
 
-    @cached_property
-    def _remedies(self) -> dict[str, tuple[int, float] | None]:
+    def _remedy(self, source: str) -> tuple[int, float] | None:
         """What undoes a place of the code that makes a factor of a size, found by trying.
 
-        Half of the units are taken from a group scaled there, and from those tied to it. The result
-        is the place of the group among these whose one side is multiplied, and by which power of
-        the share that is left; None where nothing does.
+        Half of the units are taken from a group scaled there, and from those tied to it; in
+        float64, since softmax hides a wrong scale in the rounding of less.
+
+        Args:
+            source: The place.
+
+        Returns:
+            The place of the group among these whose one side is multiplied, and by which power of
+            the share that is left; None where nothing does.
         """
-        sources = list(dict.fromkeys(self.sizes.scaled.values()))
-        best: dict[str, tuple[int, float] | None] = dict.fromkeys(sources)
-        if any(x.is_meta for x in self.module.parameters()):
-            return best
-        for source in sources:
+        if source not in self._remedies:
+            self._remedies[source] = None
             trial = self._trial(source)
-            if trial is None:
-                continue
-            wanted = self._masked(trial)
-            attributes = self.sizes.solve(trial.small)
-            first = next(g for g in trial.keep if self.sizes.scaled.get(g) == source)
-            tie = self._tied.get(first, [first])
-            for name, power in [(first, 0.0), *product(tie, POWERS)]:
-                share = trial.counts()[name] / self.space.groups[name].size
-                small = compact(self.module, trial, attributes, {name: share**power})
-                if agree(wanted, self._runs(small), small):
-                    best[source] = (tie.index(name), power)
-                    break
-        return best
+            meta = any(x.is_meta for x in self.module.parameters())
+            if trial is not None and not meta:
+                self._remedies[source] = self._tried(source, trial)
+        return self._remedies[source]
+
+    def _tried(self, source: str, trial: Restriction) -> tuple[int, float] | None:
+        first = next(g for g in trial.keep if self.sizes.scaled.get(g) == source)
+        tie = self._tied.get(first, [first])
+        choices = [(first, 0.0), *product(tie, POWERS)]
+        attributes = self.sizes.solve(trial.small)
+        share = {g: trial.counts()[g] / self.space.groups[g].size for g in tie}
+        for other in (self._precise(), self):
+            try:
+                wanted = other._masked(trial)
+                gaps: list[float] = []
+                for name, power in choices:
+                    factors = {name: share[name] ** power}
+                    small = compact(other.module, trial, attributes, factors)
+                    gaps.append(gap(wanted, other._runs(small)))
+            except PruneError:
+                continue  # it does not run in float64
+            i = min(range(len(gaps)), key=gaps.__getitem__)
+            i = 0 if gaps[0] <= 10 * gaps[i] else i
+            name, power = choices[i]
+            exact = gaps[i] <= EXACT if other is not self else agrees(gaps[i], self.module)
+            return (tie.index(name), power) if exact else None
+        return None
+
+    def _precise(self) -> "Pruner":
+        """The same for a copy in float64; itself if there is none."""
+        try:
+            twin = copy.deepcopy(self.module).double()
+        except Exception:  # `compact` says what stands against a copy
+            return self
+        args, kwargs = tree_map_only(
+            Tensor, lambda t: t.double() if t.is_floating_point() else t, (self.args, self.kwargs)
+        )
+        other = Pruner(twin, self.space, args, kwargs, rebuild="copy")
+        other.__dict__["sizes"] = self.sizes
+        return other
 
     def _trial(self, source: str) -> Restriction | None:
         """Half of the units of one group that is scaled there, and of those tied to it."""

@@ -190,7 +190,7 @@ def _sums(
                 if below is not None and _accumulates(below) and uses[id(v)] == 1:
                     stack.append(below)
                 elif c.name == "add":
-                    terms.append((v,))
+                    terms.append((_started(v, producers, uses),))
         if len(terms) > 2 or (len(terms) == 2 and call.name in _ACCUMULATE):
             yield terms
 
@@ -213,6 +213,15 @@ def _reduced(program: Program, call: Call, uses: dict[int, int]) -> bool:
             for c in readers
         )
     )
+
+
+def _started(value: Value, producers: dict[int, Call], uses: dict[int, int]) -> Value:
+    """The first term of a sum that starts with the number 0, as Python's does."""
+    call = producers.get(id(value))
+    if call is None or call.name != "add" or uses[id(value)] != 1:
+        return value
+    numbers = [x for x in call.args[:2] if not isinstance(x, Value)]
+    return call.ins[0] if numbers == [0] else value
 
 
 def _accumulates(call: Call) -> bool:

@@ -71,6 +71,12 @@ def renamed(a: Polynomial, alias: Mapping[str, str]) -> Polynomial:
     return out
 
 
+def rest(a: Polynomial, b: Polynomial) -> tuple[Polynomial, Polynomial]:
+    """Two polynomials without the terms that they have in common."""
+    common = {k: min(a[k], b[k]) for k in a.keys() & b.keys()}
+    return plus(a, common, -1), plus(b, common, -1)
+
+
 def paired(a: Polynomial, b: Polynomial, size: Mapping[str, int]) -> list[tuple[str, str]] | None:
     """Which groups must be of one size for two polynomials to stay equal.
 
@@ -87,9 +93,7 @@ def paired(a: Polynomial, b: Polynomial, size: Mapping[str, int]) -> list[tuple[
         found = [(sorted(names, key=lambda g: (size[g], g)), c) for names, c in p.items()]
         return sorted(([size[g] for g in names], c, names) for names, c in found)
 
-    common = {k: min(a[k], b[k]) for k in a.keys() & b.keys()}
-    a, b = plus(a, common, -1), plus(b, common, -1)
-    left, right = rows(a), rows(b)
+    left, right = map(rows, rest(a, b))
     if [r[:2] for r in left] != [r[:2] for r in right]:
         return None
     return [

@@ -58,7 +58,8 @@ class Ties:
                 left = self._polynomial(r.number)
             pairs = None if left is None else polynomials.paired(left, right, self.size)
             if pairs is None:
-                names = {g for form in (left or {}, right) for key in form for g in key}
+                apart = polynomials.rest(left or {}, right)
+                names = {g for form in apart for key in form for g in key}
                 tied = [g for g in self.size if self.alias.get(g, g) in names]
                 bad |= {g: self._why(r) for g in tied if g not in bad}
             else:

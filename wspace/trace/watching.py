@@ -28,6 +28,7 @@ _FACTORS = (
     torch.div, Tensor.__rtruediv__, Tensor.add, Tensor.__add__, Tensor.mul_, Tensor.div_,
     Tensor.__pow__, torch.pow, torch.true_divide, Tensor.true_divide,
 )  # fmt: skip
+_SORTS = (torch.sort, Tensor.sort, torch.argsort, Tensor.argsort, torch.msort, Tensor.msort)
 _LIKE = (
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like,
     torch.randn_like,
@@ -64,6 +65,8 @@ class Watching(TorchFunctionMode):
             **dict.fromkeys((torch.chunk, Tensor.chunk), self._chunks),
             **dict.fromkeys((torch.topk, Tensor.topk), self._choice),
             **dict.fromkeys(_LIKE, self._like),
+            **dict.fromkeys(_SORTS, self._sort),
+            F.pad: self._pad,
             Tensor.__getitem__: self._slices,
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._heads,
@@ -113,6 +116,22 @@ class Watching(TorchFunctionMode):
         value = self.value_of(x)
         for i, n in enumerate(x.shape):
             self._demand(self.run.number(n, Length(value, i)), call.out, i)
+
+    def _sort(self, call: "_Call") -> None:
+        x = call.args[0] if call.args else call.kwargs["input"]
+        value = self.value_of(x)
+        for out in call.out if isinstance(call.out, tuple) else (call.out,):
+            for i, n in enumerate(x.shape):
+                self._demand(self.run.number(n, Length(value, i)), out, i)
+
+    def _pad(self, call: "_Call") -> None:
+        x, pads = call.args[0], call.get("pad", 1, ())
+        value = self.value_of(x)
+        for k in range(len(pads) // 2):
+            i = x.dim() - 1 - k
+            more = int(pads[2 * k]) + int(pads[2 * k + 1])
+            length = Computed("add", Length(value, i), more)
+            self._demand(self.run.number(x.shape[i] + more, length), call.out, i)
 
     def _unflatten(self, call: "_Call") -> None:
         dim = call.get("dim", 1, 0) % call.args[0].dim()
