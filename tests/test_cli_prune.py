@@ -186,6 +186,11 @@ def test_options_reach_the_selection(run: Runner) -> None:
     assert torch.equal(wspace.load_checkpoint("d.safetensors")["0.weight"], big[3:])
 
 
+def test_nothing_to_do_is_said(run: Runner) -> None:
+    code, out, _ = run("py:net.py:build", "a.safetensors", "--amount", "0.01")
+    assert code == 0 and "nothing goes" in out and Path("a.safetensors").exists()
+
+
 WRONG = {
     "nowhere": (["py:net.py:build"], "where to"),
     "no config": (["py:net.py:build", "folder"], "no config"),

@@ -113,7 +113,7 @@ def prune(args: argparse.Namespace, out: Console) -> int:
         args.network, model=args.model, key=args.key, inputs=args.inputs, seed=args.seed
     )
     found = _pruned(args, subject, importance, selection, target)
-    data = _plain(found, args)
+    data = _plain(found, args) | {"amount": selection.amount}
     if target is not None and found.small is not None:
         with screen.working(f"writing {target}"):
             _write(found, found.small, target)
@@ -262,7 +262,6 @@ def _plain(found: Pruned, args: argparse.Namespace) -> dict[str, Any]:
         "network": found.subject.name,
         "out": None if found.small is None else args.out,
         "importance": args.importance,
-        "amount": args.amount,
         "of": args.of,
         "scope": args.scope,
         "rebuilt": "from a smaller config" if pruner.by_config else "as a copy",
@@ -285,10 +284,6 @@ def _plain(found: Pruned, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(out: Console, data: Mapping[str, Any], *, everything: bool) -> None:
-    counted = [row for row in data["groups"] if row["counted_by"]]
-    by = _operators(op for row in counted for op in row["counted_by"])
-    warning = f"the units of {_names(counted)} are counted by {by}: there, more changes than "
-    warning += "the units' own part, and training on is advised"
     screen.facts(
         out,
         data["network"],
@@ -297,8 +292,7 @@ def _show(out: Console, data: Mapping[str, Any], *, everything: bool) -> None:
             ("parameters", _change(data["parameters"])),
             ("MACs", _change(data["macs"])),
             ("rebuilt", f"{data['rebuilt']}, {data['seconds']:.2f} s"),
-            ("exact", Text(warning, "yellow") if counted
-             else "as if the units that go were zero: no operator counts them"),
+            ("exact", _exact(data["groups"])),
             ("pinned", _pinned(data["groups"])),
         ],
     )  # fmt: skip
@@ -322,6 +316,18 @@ def _show(out: Console, data: Mapping[str, Any], *, everything: bool) -> None:
 def _operators(sources: Iterable[str]) -> str:
     """Operators that count units, without the modules that they are in."""
     return ", ".join(dict.fromkeys(source.rpartition(": ")[2] for source in sources))
+
+
+def _exact(rows: list[dict[str, Any]]) -> str | Text:
+    """Whether the small network computes what the large one does with zeros in it."""
+    if all(row["after"] == row["before"] for row in rows):
+        return Text("nothing goes: the amount is too small, or all groups are held", "yellow")
+    counted = [row for row in rows if row["counted_by"]]
+    if not counted:
+        return "as if the units that go were zero: no operator counts them"
+    by = _operators(op for row in counted for op in row["counted_by"])
+    text = f"the units of {_names(counted)} are counted by {by}: there, more changes than the "
+    return Text(f"{text}units' own part, and training on is advised", "yellow")
 
 
 def _change(numbers: Mapping[str, int]) -> str:

@@ -22,7 +22,7 @@ from wspace.prune.cost import latency
 from wspace.prune.curve import Point
 from wspace.prune.importance import Importance, importance_of
 from wspace.prune.masks import Mask
-from wspace.prune.prune import Pruner
+from wspace.prune.pruner import Pruner, Rebuild
 from wspace.prune.restriction import Restriction
 from wspace.prune.select import Selection
 from wspace.prune.sparse import GroupSparsity
@@ -135,6 +135,8 @@ class IterativePruning(Callback):
         repeats: How often the compacted copy is timed at each stage, for `curve`; 0 for never.
         schedule: Share of the stages → share of the amount: `linear`, `cubic`, or another.
         inputs: Example inputs (arguments of the part), where the space has none.
+        rebuild: How the small part is made, see `wspace.prune.prune`; groups that a config cannot
+            size stay whole unless it is ``"copy"``.
 
     Attributes:
         curve: A point for each stage, and one before the first. Its metric is that of the last
@@ -162,6 +164,7 @@ class IterativePruning(Callback):
         repeats: int = 10,
         schedule: Schedule = linear,
         inputs: tuple[Any, ...] | None = None,
+        rebuild: Rebuild = "auto",
     ) -> None:
         wrong = [f"steps={steps}"] if steps < 1 else []
         wrong += [f"every={every}"] if every < 1 else []
@@ -184,6 +187,7 @@ class IterativePruning(Callback):
         self.steps, self.every, self.start, self.unit = steps, every, start, unit
         self.module, self.optimizer, self.monitor = module, optimizer, monitor
         self.repeats, self.inputs, self.amounts = repeats, inputs, amounts
+        self.rebuild: Rebuild = rebuild
         self.curve: list[Point] = []
         self.restriction: Restriction | None = None
         self.stage, self.compacted = 0, False
@@ -393,7 +397,7 @@ class IterativePruning(Callback):
     # ------------------------------------------------------------ a stage
 
     def _made(self, part: nn.Module) -> Pruner:
-        pruner = Pruner(part, self.space, self.inputs)
+        pruner = Pruner(part, self.space, self.inputs, rebuild=self.rebuild)
         _to_device(pruner, part)
         return pruner
 
