@@ -128,6 +128,38 @@ def test_a_space_from_a_file_needs_inputs() -> None:
     assert prune(module, space, {"h1": torch.arange(12) < 3}, args=X)[0].out_features == 3
 
 
+class Trained(nn.Module):
+    """In training mode it draws numbers and moves its statistics; it changes its input, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.drop = nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Dropout(0.5)
+        self.b = nn.Linear(12, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.drop(self.norm(self.a(x)).relu())
+        return self.b(y) + x.mul_(2).sum() + 0 * torch.rand(())
+
+
+def test_pruning_leaves_everything_as_it_was() -> None:
+    """Modes, generators, statistics, inputs; what is frozen stays frozen in the small module."""
+    module, x = Trained(), X.clone()
+    module.a.weight.requires_grad_(False)
+    module.norm.eval()
+    space = wspace.trace(module, x)
+    assert torch.equal(x, X)
+    before, drawn = snapshot(module), torch.get_rng_state()
+    small = prune(module, space, {"h1": torch.arange(12) < 5})
+    assert same(module, before) and torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(x, X)
+    for m in (module, small):
+        assert [k.training for k in m.modules()] == [True, True, False, True, True]
+        assert [p.requires_grad for p in m.parameters()] == [False, *[True] * 5]
+        assert all(p.grad is None for p in m.parameters())
+
+
 # ------------------------------------------------------------------------------- masks
 
 
@@ -160,7 +192,8 @@ def test_masks_clear_gradients_of_what_is_off(sparse: bool) -> None:
     module = nn.Sequential(nn.Embedding(6, 8, sparse=sparse), nn.Linear(8, 2))
     space = wspace.trace(module, ids)
     mask = Mask(module, space, {"h1": torch.arange(8) < 5})
-    module(ids).sum().backward()
+    module[0](ids).sum().backward()  # through the table alone, every unit has a gradient
+    assert module[0].weight.grad.to_dense()[1].all()
     mask.again()
     gradient = module[0].weight.grad
     assert gradient.is_sparse == sparse
