@@ -143,6 +143,34 @@ class Trained(nn.Module):
         return self.b(y) + x.mul_(2).sum() + 0 * torch.rand(())
 
 
+class Summed(nn.Module):
+    """Branches in a list, added up from the last to the first: no gate says which is which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mlp() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(branch(x) for branch in reversed(self.branches))
+
+
+def test_branches_keep_the_order_of_their_list() -> None:
+    module = Summed()
+    space = wspace.trace(module, X)
+    (name,) = (n for n, g in space.groups.items() if g.size == 4)
+    for gone in range(4):
+        few = Restriction(space, {name: torch.arange(4) != gone})
+        small = prune(module, space, few)
+        (lost,) = (p for p in space.params if p.at == (name, gone) and p.name.endswith("4.bias"))
+        stay = [
+            b for i, b in enumerate(module.branches) if not lost.name.startswith(f"branches.{i}")
+        ]
+        for a, b in zip(small.branches, stay, strict=True):
+            assert all(map(torch.equal, a.parameters(), b.parameters()))
+        state = few.state(module.state_dict())
+        assert all(torch.equal(x, small.state_dict()[n]) for n, x in state.items())
+
+
 def test_pruning_leaves_everything_as_it_was() -> None:
     """Modes, generators, statistics, inputs; what is frozen stays frozen in the small module."""
     module, x = Trained(), X.clone()

@@ -396,8 +396,7 @@ def _renamed(space: WeightSpace, keep: Keep) -> dict[str, str]:
             families.setdefault(p.family, []).append(p)
     moved: dict[str, str] = {}
     gone: set[str] = set()
-    for members in families.values():
-        members.sort(key=lambda p: p.at[1] if p.at else 0)
+    for members in families.values():  # in the order of the module, which lists keep
         stay = [p for p in members if p.at and bool(keep[p.at[0]][p.at[1]])]
         for member, place in zip(stay, members, strict=False):
             moved |= dict(zip((member.name, *member.ties), (place.name, *place.ties), strict=True))
