@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from wspace.prune.importance import Importance, importance_of
 from wspace.prune.restriction import Keep, Restriction, prunable
 from wspace.prune.select import Selection, select
 from wspace.space import WeightSpace
-from wspace.trace.sizes import Sizes, find_sizes
+from wspace.trace.again import look
+from wspace.trace.sizes import Sizes, SizesLook
+from wspace.trace.work import Survey, SurveyLook
 
 log = logging.getLogger(__name__)
 Rebuild = Literal["auto", "config", "copy"]
@@ -95,14 +97,21 @@ class Pruner:
         self._remedies: dict[str, tuple[int, float] | None] = {}
 
     @cached_property
+    def _seen(self) -> tuple[Sizes, Survey]:
+        looks = SizesLook(), SurveyLook()
+        return cast(
+            tuple[Sizes, Survey], look(self.space, self.module, self.args, self.kwargs, *looks)
+        )
+
+    @cached_property
     def sizes(self) -> Sizes:
         """Numbers in the module's code that depend on the sizes of groups."""
-        return find_sizes(self.space, self.module, self.args, self.kwargs)
+        return self._seen[0]
 
     @cached_property
     def cost(self) -> Cost:
         """Parameters and multiply-accumulates as functions of what is kept."""
-        return Cost.measured(self.module, self.space, self.args, self.kwargs)
+        return Cost(self.space, self._seen[1])
 
     @cached_property
     def by_config(self) -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wspace.errors import PruneError, SpaceMismatch, message
+from wspace.errors import PruneError, message
 from wspace.space import Axis, Concat, Group, WeightSpace
-from wspace.trace import named
-from wspace.trace.capture import capture
-from wspace.trace.derive import Naming, build_params
+from wspace.trace.again import Run, ValueOf, look
+from wspace.trace.derive import Naming
 from wspace.trace.numbers import (
     OPERATIONS,
     Attribute,
@@ -41,9 +40,6 @@ from wspace.trace.requirements import (
     settle,
     unmet,
 )
-from wspace.trace.rules import known
-from wspace.trace.sandbox import persistent_float_buffers
-from wspace.trace.sites import correspondence
 from wspace.trace.solve import Axis as Atoms
 from wspace.trace.ties import Ties
 from wspace.trace.watching import Watching
@@ -143,31 +139,31 @@ def find_sizes(
     Raises:
         SpaceMismatch: If the module is not of this space.
         TraceError: If the module fails on these inputs.
-    """  # noqa: DOC502 (capture raises)
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    runs: list[Numbers] = []
+    """  # noqa: DOC502 (look raises)
+    return look(space, module, args, kwargs, SizesLook())[0]
+
+
+class SizesLook:
+    """A look for the numbers in a module's code."""
+
+    def __init__(self) -> None:
+        self.numbers = Numbers()
 
     @contextmanager
-    def within(value_of: Any) -> Generator[None]:
-        run = Numbers()
-        runs.append(run)
-        with remembered(module, run), Watching(run, value_of):
+    def within(self, module: nn.Module, value_of: ValueOf) -> Generator[None]:
+        """The module's numbers remember, for the time of a run.
+
+        Yields:
+            Nothing.
+        """
+        self.numbers = Numbers()
+        with remembered(module, self.numbers), Watching(self.numbers, value_of):
             yield
 
-    program = capture(module, args, kwargs or {}, known, within)
-    naming, _ = named(program)
-    buffers = {name for name, _ in persistent_float_buffers(module)}
-    params = build_params(naming, program, buffers, {})
-    if {p.name: p.shape for p in params} != {p.name: p.shape for p in space.params}:
-        raise SpaceMismatch(
-            message(
-                f"prune: {type(module).__name__} is not a module of this space",
-                expected="the parameters and buffers that the space lists",
-                help="trace this module: wspace.trace(module, args, kwargs)",
-            )
-        )
-    names = correspondence(space, params)
-    return _Reader(space, naming, names).read(runs[-1], module, program.calls)
+    def read(self, run: Run) -> Sizes:
+        """What was found."""
+        reader = _Reader(run.space, run.naming, run.names)
+        return reader.read(self.numbers, run.module, run.program.calls)
 
 
 # --------------------------------------------------------------------- from values to axes

@@ -10,7 +10,6 @@ Decided from the axes that an operator sums, sorts or averages over, never from 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
@@ -20,16 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from wspace.errors import SpaceMismatch, message
 from wspace.space import WeightSpace
-from wspace.trace import named
-from wspace.trace.capture import capture
-from wspace.trace.derive import Naming, Tree, atoms_of, build_params
+from wspace.trace.again import Run, ValueOf, look
+from wspace.trace.derive import Naming, Tree, atoms_of
 from wspace.trace.polynomials import Polynomial
 from wspace.trace.program import Call, Program, Value
-from wspace.trace.rules import arguments, dims_of, known
-from wspace.trace.sandbox import persistent_float_buffers
-from wspace.trace.sites import Branches, Labels, correspondence
+from wspace.trace.rules import arguments, dims_of
+from wspace.trace.sites import Branches, Labels
 from wspace.trace.solve import Axis, Solver
 from wspace.trace.zeros import Zeros
 
@@ -112,27 +108,25 @@ def survey(
         [('0: addmm', 105, 84), ('2: addmm', 70, 56)]
         >>> seen.counted
         {'h1': ('1: native_layer_norm',)}
-    """  # noqa: DOC502 (capture raises)
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    runs: list[_Roots] = []
+    """  # noqa: DOC502 (look raises)
+    return look(space, module, args, kwargs, SurveyLook())[0]
 
-    def within(value_of: Callable[[Tensor], Value]) -> AbstractContextManager[Any]:
-        runs.append(_Roots(value_of))
-        return runs[-1]
 
-    program = capture(module, args, kwargs or {}, known, within)
-    naming, _ = named(program)
-    buffers = {name for name, _ in persistent_float_buffers(module)}
-    params = build_params(naming, program, buffers, {})
-    if {p.name: p.shape for p in params} != {p.name: p.shape for p in space.params}:
-        raise SpaceMismatch(
-            message(
-                f"survey: {type(module).__name__} is not a module of this space",
-                expected="the parameters and buffers that the space lists",
-                help="trace this module: wspace.trace(module, args, kwargs)",
-            )
-        )
-    return _Surveyor(space, program, naming, correspondence(space, params)).survey(runs[-1].found)
+class SurveyLook:
+    """A look for what a run costs and counts."""
+
+    def __init__(self) -> None:
+        self._roots: _Roots | None = None
+
+    def within(self, module: nn.Module, value_of: ValueOf) -> "_Roots":
+        """Notes the widths by whose roots attention is divided."""
+        self._roots = _Roots(value_of)
+        return self._roots
+
+    def read(self, run: Run) -> Survey:
+        """What was found."""
+        roots = [] if self._roots is None else self._roots.found
+        return _Surveyor(run.space, run.program, run.naming, run.names).survey(roots)
 
 
 class _Roots(TorchFunctionMode):
