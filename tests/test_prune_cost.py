@@ -23,7 +23,7 @@ import wspace
 from wspace.action import shape_of
 from wspace.errors import PruneError, SpaceMismatch
 from wspace.prune.cost import Cost, latency
-from wspace.prune.prune import Pruner
+from wspace.prune.pruner import Pruner
 from wspace.prune.restriction import Restriction, prunable
 from wspace.prune.select import Selection
 from wspace.space import Axis, Group, WeightSpace
