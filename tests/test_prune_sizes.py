@@ -1,5 +1,6 @@
 """Numbers in a module's code: which follow a size, which tie groups, and which fix them."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import wspace
 from wspace.errors import PruneError, SpaceMismatch
-from wspace.prune import Pruner, Restriction
+from wspace.prune import Pruner, Restriction, prunable
 from wspace.trace.numbers import Attribute, Number, Numbers
 from wspace.trace.polynomials import constant, of_axis, over, paired, plus, renamed, times
 from wspace.trace.sizes import Sizes, find_sizes
@@ -151,6 +152,52 @@ def test_halves_keep_equal_counts() -> None:
     space, sizes = sizes_of(module)
     a, b = group(space, "a.weight"), group(space, "b.weight")
     assert a == b or [sorted(t) for t in sizes.ties()] == [sorted([a, b])]
+
+
+class Uses(nn.Module):
+    """A layer of 12 units, in the middle of which one function uses the sizes 8 and 4."""
+
+    def __init__(self, middle: Callable[["Uses", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.middle, self.wide, self.most, self.few = middle, 12, 8, 4
+        self.a, self.c = nn.Linear(6, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.middle(self, self.a(x).tanh()))
+
+
+def joined(*parts: Tensor) -> Tensor:
+    return torch.cat([k * part.sin() for k, part in enumerate(parts, 1)], 1)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda m, y: joined(*y.chunk(2, 1)),
+        lambda m, y: joined(*y.split([m.most, m.few], 1)),
+        lambda m, y: joined(*y.split(m.few, 1)),
+        lambda m, y: joined(y.narrow(1, 0, m.most), y.narrow(1, m.most, m.few)),
+        lambda m, y: joined(y[:, : m.most], y[:, m.most :]),
+        lambda m, y: joined(y[:, : -m.few], y[:, -m.few :]),
+        lambda m, y: joined(y[..., : y.shape[1] // 2], y[..., y.shape[1] // 2 :]),
+        lambda m, y: y + torch.zeros(len(y), m.wide),
+        lambda m, y: y * y.new_ones(m.wide),
+        lambda m, y: y.reshape(-1, m.wide),
+        lambda m, y: y.sort(-1).values,
+    ],
+    ids="chunk split parts narrow slice last half zeros new_ones reshape sort".split(),
+)
+def test_each_use_of_a_size_is_seen(middle: Callable[[Uses, Tensor], Tensor]) -> None:
+    """Half of every group that the code does not fix can go, with those tied to it."""
+    module = Uses(middle)
+    space, sizes = sizes_of(module)
+    kept = {n: g.size // 2 for n, g in prunable(space).items() if n not in sizes.pinned}
+    assert kept or sizes.pinned
+    pruner = Pruner(module, space)
+    for names in [[n] for n in kept if not any(n in t for t in sizes.ties())] + sizes.ties():
+        sized = {n: torch.arange(space.groups[n].size) < kept[n] for n in names if n in kept}
+        if len(sized) == len(names):
+            pruner.prune(sized)  # which runs it beside the masked one
 
 
 def test_a_comparison_must_not_turn() -> None:
