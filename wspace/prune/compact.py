@@ -51,12 +51,13 @@ def compact(
     state = restriction.state({n: x.detach() for n, x in tensors.items()})
     state = _scaled(state, restriction, factors or {})
     memo: dict[int, Any] = {}
+    wanted: dict[str, Tensor] = {}
     for name, x in tensors.items():
-        if id(x) in memo:
-            continue
         new = restriction.names.get(name)
-        cut = x.detach()[:0] if new is None else state[new]
-        memo[id(x)] = _like(x, cut)
+        if id(x) not in memo:
+            memo[id(x)] = _like(x, x.detach()[:0] if new is None else state[new])
+        if new is not None:
+            wanted[new] = memo[id(x)]
     small = _copied(module, memo)
     for group in restriction.keep:
         _drop_branches(small, restriction, group)
@@ -64,7 +65,7 @@ def compact(
         attribute.write(small, value)
     for m in small.modules():
         _refresh(m)
-    _check(small, restriction)
+    _check(small, restriction, wanted)
     return small
 
 
@@ -318,13 +319,18 @@ _LAYERS: tuple[tuple[Any, Any], ...] = (
 # -------------------------------------------------------------------------------- check
 
 
-def _check(small: nn.Module, restriction: Restriction) -> None:
-    found = {name: tuple(x.shape) for name, x in _tensors(small)}
-    wanted = {n: p.shape for p in restriction.small.params for n in (p.name, *p.ties)}
+def _check(small: nn.Module, restriction: Restriction, tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor is in its place: not only one of its shape."""
+    found = dict(_tensors(small))
+    shapes = {n: p.shape for p in restriction.small.params for n in (p.name, *p.ties)}
     wrong = [
-        f"{n}: {found.get(n, 'missing')}, expected {wanted.get(n, 'no such tensor')}"
-        for n in dict.fromkeys((*wanted, *found))
-        if found.get(n) != wanted.get(n)
+        f"{n}: {tuple(found[n].shape) if n in found else 'missing'}, "
+        f"expected {shapes.get(n, 'no such tensor')}"
+        for n in dict.fromkeys((*shapes, *found))
+        if n not in found or n not in shapes or tuple(found[n].shape) != shapes[n]
+    ]
+    wrong += [
+        f"{n}, which holds another tensor" for n, x in tensors.items() if found.get(n, x) is not x
     ]
     if wrong:
         raise PruneError(

@@ -378,7 +378,7 @@ class Pruner:
             except PruneError:
                 continue  # it does not run in float64
             i = min(range(len(gaps)), key=gaps.__getitem__)
-            i = 0 if gaps[0] <= 10 * gaps[i] else i
+            i = 0 if gaps[0] <= max(10 * gaps[i], 1e-13) else i
             name, power = choices[i]
             exact = gaps[i] <= EXACT if other is not self else agrees(gaps[i], self.module)
             return (tie.index(name), power) if exact else None
