@@ -1,11 +1,12 @@
 """Which architectures of the trace suite wspace and torch-pruning prune correctly.
 
-Both get the same module, in float64 and evaluation mode, with constant tensors replaced by random
-ones. About a third of the units of every group goes, group by group. Before a group goes,
-everything that is about to be removed is set to zero, so that these units are dead by the
-library's own account; then the outputs must not change (1e-10 relative; 1e-6 for networks that
-compute in float32 inside). Where an operator counts the units (LayerNorm over them, a softmax, a
-mean, the root of a head's size) they may, and the group is only run.
+Both get the same module, in float64 (also where its code asks for float32) and evaluation mode,
+with constant tensors replaced by random ones. About a third of the units of every group goes, group
+by group. Before a group goes, everything that is about to be removed is set to zero, so that these
+units are dead by the library's own account; then the outputs must not change (1e-10 relative; 1e-6
+for networks that compute in float32 whatever is asked). Where an operator counts the units
+(LayerNorm over them, a softmax, a mean, the root of a head's size) they may, and the group is only
+run.
 
 - wspace: every group that the code allows, one at a time, with those that must keep equal counts.
 - torch-pruning: its pruner, used as its documentation says, yields the groups that its dependency
@@ -28,11 +29,9 @@ from torch import Tensor, nn
 from which_models import (
     USUAL,
     build,
-    change,
     heads_of,
     limited,
     output_layer,
-    run,
     tensors,
     update_heads,
 )
@@ -76,11 +75,11 @@ class Subject(NamedTuple):
 
 
 def subject(name: str) -> Subject:
-    import cases  # of the tests; `harness` has put them on the path
+    from cases import CASES  # of the tests; `harness` has put them on the path
 
     model, inputs = build(name)
     space = wspace.trace(model, inputs)
-    tolerance = 1e-6 if name in cases.CASES and cases.CASES[name].float32 else 1e-10
+    tolerance = 1e-6 if name in CASES and CASES[name].float32 else 1e-10
     return Subject(model, inputs, space, Pruner(model, space, rebuild="copy"), tolerance)
 
 
@@ -98,15 +97,27 @@ def broken(before: set[frozenset[str]], model: nn.Module) -> bool:
     return not {frozenset(x & here) for x in before if len(x & here) > 1} <= ties_of(model)
 
 
+@torch.no_grad()
+def computed(model: nn.Module, inputs: Any, state: dict[str, Tensor] | None = None) -> Tensor:
+    """What a model computes; in float64 even where its code asks for float32."""
+    from cases import Double
+
+    torch.manual_seed(0)
+    with Double():
+        return torch.func.functional_call(model, state or {}, inputs, tie_weights=False)
+
+
 def judged(before: Tensor, small: nn.Module, s: Subject, ties: Any, counted: bool) -> Found:
     """Runs a pruned network beside the one with zeros."""
+    from oracles import gap as difference
+
     try:
-        after = run(small, s.inputs)
+        after = computed(small, s.inputs)
     except TimeoutError:
         raise
     except Exception as error:
         return Found("crashes", why=f"{type(error).__name__}: {error}"[:200])
-    gap = change(before, after)
+    gap = difference([before], [after])
     if not counted and not gap <= s.tolerance:
         return Found("wrong", gap)
     if broken(ties, small):
@@ -143,13 +154,13 @@ def ours(name: str) -> Iterator[Found]:
         except WSpaceError as error:
             yield Found("refused", why=f"{group}: {error}".replace("\n", " ")[:300])
             continue
-        yield judged(_functional(s, few.masked(state)), small, s, ties, bool(s.pruner.counted(few)))
-
-
-@torch.no_grad()
-def _functional(s: Subject, state: dict[str, Tensor]) -> Tensor:
-    torch.manual_seed(0)
-    return torch.func.functional_call(s.model, state, s.inputs, tie_weights=False)
+        yield judged(
+            computed(s.model, s.inputs, few.masked(state)),
+            small,
+            s,
+            ties,
+            bool(s.pruner.counted(few)),
+        )
 
 
 # ------------------------------------------------------------------- torch-pruning
@@ -222,7 +233,7 @@ def _prune(s: Subject, group: Any) -> tuple[Tensor, set[str]]:
                 for d, axis in enumerate(p.axes):
                     if t.dim() == len(p.axes) and t.shape[d] < values[name].shape[d]:
                         cut |= {g.name for g in axis.groups()}
-    return run(dead, s.inputs), cut
+    return computed(dead, s.inputs), cut
 
 
 # --------------------------------------------------------------------------- main
@@ -255,12 +266,12 @@ def summary(found: list[Found]) -> dict[str, Any]:
 
 
 def main() -> None:
-    import cases
+    from cases import CASES
 
     options = start(__doc__ or "", only=True)
     pruning = peer("torch_pruning")
     figures: dict[str, dict[str, Any]] = {}
-    for name in options.only or [*cases.CASES, *USUAL]:
+    for name in options.only or [*CASES, *USUAL]:
         figures[name] = found = {"wspace": attempt(lambda n=name: ours(n))}
         if pruning:
             found["torch-pruning"] = attempt(lambda n=name: theirs(pruning, n))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import wspace
 from wspace.prune import Pruner, Selection
-from wspace.prune.prune import Rebuild
+from wspace.prune.pruner import Rebuild
 
 HALF = Selection(amount=0.5, scope="group")
 NETWORKS = {
@@ -60,6 +60,18 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     layers, width = map(int, sizes)
     config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, use_cache=False)
     return GPT2LMHeadModel(config).eval(), torch.arange(16)[None]
+
+
+class Tiny(nn.Module):
+    """Loads what the libraries load when they are first used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
 # -------------------------------------------------------------------- candidates
@@ -179,8 +191,9 @@ def timings(name: str, names: list[str], rounds: int) -> tuple[dict[str, list[fl
 
 def alone(name: str, candidate: str) -> dict[str, float]:
     """Peak memory of one candidate in this process, in MiB, the second time too."""
-    module, x = made(name)
     c = CANDIDATES[candidate]
+    c.run(prepared(c, Tiny(), torch.randn(1, 3, 8, 8)))  # imports on first use
+    module, x = made(name)
     with torch.no_grad():
         module(x)  # buffers of the libraries
     own = resident("VmRSS")
