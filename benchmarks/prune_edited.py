@@ -5,7 +5,7 @@
 Networks are those of the part ``test`` of the zoo (`prune_predicted.py`), of each architecture the
 best one by training accuracy, if that is at least 0.7, families in turn. Each is pruned as it is,
 and after one of these, all with the same loss, batches and penalty
-(`wspace.prune.edited.concentration`, relative to the network as it was):
+(`wspace.prune.learned.edited.concentration`, relative to the network as it was):
 
 * ``edited``: `MetaPruner` fitted to this network alone, `--steps` steps;
 * ``edited unseen``: one `MetaPruner` for all, fitted to networks of the part ``train``, other
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wspace import zoo
-from wspace.prune.edited import (
+from wspace.prune.learned.edited import (
     Editable,
     MetaPruner,
     asked,

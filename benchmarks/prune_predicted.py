@@ -36,10 +36,10 @@ from torch.nn import functional as F
 from datasets_zoo.pruning import UnitEffects, effects_of
 from wspace import zoo
 from wspace.action import shape_of
-from wspace.prune.effects import strips
-from wspace.prune.learning import Learning, Measured, learn
-from wspace.prune.predicted import MeanField, Predicted
-from wspace.prune.predictor import UnitPredictor, save_predictor
+from wspace.prune.learned.effects import strips
+from wspace.prune.learned.learning import Learning, Measured, learn
+from wspace.prune.learned.predicted import MeanField, Predicted
+from wspace.prune.learned.predictor import UnitPredictor, save_predictor
 from wspace.prune.restriction import prunable
 from wspace.space import WeightSpace
 from wspace.zoo.architecture import Architecture

@@ -76,15 +76,15 @@ def calibration(data: Data) -> list[tuple[Tensor, Tensor]]:
 def importance(criterion: str, batches: list[tuple[Tensor, Tensor]], seed: int) -> Any:
     """One of ours; ImportError, or an error that says so, if it is not there."""
     if criterion == "random":
-        from wspace.prune.importance import Random
+        from wspace.prune.importance.weights import Random
 
         return Random(torch.Generator().manual_seed(seed))
     if criterion == "predicted":
-        from wspace.prune.predicted import Predicted
+        from wspace.prune.learned.predicted import Predicted
 
         return Predicted()
     if criterion in ("taylor", "hessian", "activation"):
-        from wspace.prune import measured
+        from wspace.prune.importance import measured
 
         if criterion == "taylor":
             return measured.Taylor(batches, loss_of)

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from datasets_zoo.classifiers import ImageClassifiers
 from wspace.errors import ZooError, message
-from wspace.prune.effects import removal_effects
+from wspace.prune.learned.effects import removal_effects
 from wspace.zoo.recipe import Cohort, Counted, check_options, generator_of
 
 SEEN = ("mlp", "cnn", "batch_norm", "plain", "depthwise", "vit")

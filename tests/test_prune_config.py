@@ -17,7 +17,7 @@ import wspace
 from wspace.action import shape_of
 from wspace.errors import PruneError
 from wspace.prune import Mask, Pruner, Restriction, prunable
-from wspace.prune.config import (
+from wspace.prune.huggingface.rebuild import (
     config_fields,
     config_pinned,
     config_ties,

@@ -11,7 +11,8 @@ from datasets_zoo import architectures
 from wspace.action import act, sample
 from wspace.errors import PruneError
 from wspace.nn import GraphMetanet
-from wspace.prune.edited import (
+from wspace.prune.importance.sparse import GroupSparsity
+from wspace.prune.learned.edited import (
     OPEN,
     SHARP,
     Editable,
@@ -23,9 +24,8 @@ from wspace.prune.edited import (
     refreshed,
     unit_norms,
 )
-from wspace.prune.predictor import UnitPredictor
+from wspace.prune.learned.predictor import UnitPredictor
 from wspace.prune.restriction import prunable
-from wspace.prune.sparse import GroupSparsity
 from wspace.space import WeightSpace
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}

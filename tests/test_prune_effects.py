@@ -16,7 +16,7 @@ from datasets_zoo import architectures
 from datasets_zoo.pruning import SEEN, UNSEEN, UnitEffects, effects_of
 from wspace.action import act, sample, shape_of
 from wspace.errors import PruneError, ZooError
-from wspace.prune.effects import removal_effects, stacked_effects, strips
+from wspace.prune.learned.effects import removal_effects, stacked_effects, strips
 from wspace.prune.restriction import Restriction, prunable
 from wspace.space import WeightSpace
 

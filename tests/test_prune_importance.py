@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import wspace
 from wspace.action import shape_of
 from wspace.errors import PruneError, SpaceMismatch
-from wspace.prune.importance import (
+from wspace.prune.importance.slices import weights_of
+from wspace.prune.importance.sparse import GroupSparsity
+from wspace.prune.importance.weights import (
     FPGM,
     LAMP,
     BatchNormScale,
@@ -25,8 +27,6 @@ from wspace.prune.importance import (
     unit_sums,
 )
 from wspace.prune.restriction import prunable
-from wspace.prune.slices import weights_of
-from wspace.prune.sparse import GroupSparsity
 from wspace.space import Axis, Concat, Param, Role, WeightSpace
 
 EXACT = 1e-10

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import wspace
 from wspace.action import shape_of
 from wspace.errors import PruneError
-from wspace.prune.importance import Magnitude
-from wspace.prune.measured import ActivationNorm, HessianDiagonal, Taylor
+from wspace.prune.importance.measured import ActivationNorm, HessianDiagonal, Taylor
+from wspace.prune.importance.weights import Magnitude
 from wspace.prune.restriction import prunable
 from wspace.space import WeightSpace
 from wspace.trace.sandbox import tensors_in

@@ -14,10 +14,12 @@ from datasets_zoo import architectures
 from wspace.action import act, sample, shape_of
 from wspace.errors import CheckpointError, PruneError, SpaceMismatch
 from wspace.graph import encode
-from wspace.prune.effects import removal_effects, strips
-from wspace.prune.learning import Learning, Measured, effect_loss, learn, targets
-from wspace.prune.predicted import MeanField, Predicted
-from wspace.prune.predictor import (
+from wspace.prune.learned.effects import removal_effects, strips
+from wspace.prune.learned.features import FEATURES, unit_features
+from wspace.prune.learned.learning import Learning, Measured, effect_loss, learn, targets
+from wspace.prune.learned.nodes import unit_nodes
+from wspace.prune.learned.predicted import MeanField, Predicted
+from wspace.prune.learned.predictor import (
     SHIPPED,
     UnitPredictor,
     load_predictor,
@@ -25,8 +27,6 @@ from wspace.prune.predictor import (
     save_predictor,
 )
 from wspace.prune.restriction import prunable
-from wspace.prune.unit_features import FEATURES, unit_features
-from wspace.prune.unit_nodes import unit_nodes
 from wspace.space import WeightSpace
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}

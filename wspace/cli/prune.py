@@ -23,10 +23,10 @@ from wspace.cli.subject import Subject, open_subject
 from wspace.cli.target import check_file, refuse_inputs
 from wspace.errors import WSpaceError, message
 from wspace.prune import Pruner, Restriction, Selection, prunable, save
-from wspace.prune.config import has_config
-from wspace.prune.importance import Importance, importance_of
-from wspace.prune.predicted import Predicted
-from wspace.prune.predictor import SHIPPED
+from wspace.prune.huggingface.rebuild import has_config
+from wspace.prune.importance.weights import Importance, importance_of
+from wspace.prune.learned.predicted import Predicted
+from wspace.prune.learned.predictor import SHIPPED
 from wspace.prune.select import Of, Scope
 from wspace.reference.python import load_function
 

@@ -19,7 +19,7 @@ from wspace.prune import (
     Selection,
     Taylor,
 )
-from wspace.prune.predicted import Predicted
+from wspace.prune.learned.predicted import Predicted
 from wspace.report import plot_pruning
 
 if TYPE_CHECKING:

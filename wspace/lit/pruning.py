@@ -20,12 +20,12 @@ from wspace.errors import PruneError, message
 from wspace.prune.carry import carry
 from wspace.prune.cost import latency
 from wspace.prune.curve import Point
-from wspace.prune.importance import Importance, importance_of
+from wspace.prune.importance.sparse import GroupSparsity
+from wspace.prune.importance.weights import Importance, importance_of
 from wspace.prune.masks import Mask
 from wspace.prune.pruner import Pruner, Rebuild
 from wspace.prune.restriction import Restriction
 from wspace.prune.select import Selection
-from wspace.prune.sparse import GroupSparsity
 from wspace.space import WeightSpace
 
 Schedule = Callable[[float], float]

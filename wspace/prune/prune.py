@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack, cast
 from torch import nn
 
 from wspace.errors import PruneError, message
-from wspace.prune.importance import Importance
+from wspace.prune.importance.weights import Importance
 from wspace.prune.pruner import Inputs, Pruner, Rebuild
 from wspace.prune.restriction import Keep, Restriction
 from wspace.prune.select import Selection

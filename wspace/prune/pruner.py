@@ -15,9 +15,9 @@ from wspace.action import shape_of
 from wspace.errors import PruneError, message
 from wspace.prune.agreement import POWERS, agree, agrees, gap, outputs
 from wspace.prune.compact import compact
-from wspace.prune.config import config_pinned, config_ties, from_config, has_config
 from wspace.prune.cost import Cost
-from wspace.prune.importance import Importance, importance_of
+from wspace.prune.huggingface.rebuild import config_pinned, config_ties, from_config, has_config
+from wspace.prune.importance.weights import Importance, importance_of
 from wspace.prune.restriction import Keep, Restriction, prunable
 from wspace.prune.select import Selection, select
 from wspace.space import WeightSpace

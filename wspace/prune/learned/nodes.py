@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wspace.graph.structure import Structure, structure_of, units_of
-from wspace.prune.effects import strips
+from wspace.prune.learned.effects import strips
 from wspace.prune.restriction import prunable
 from wspace.space import WeightSpace
 from wspace.wiring import Block, Ends

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from wspace.action import State, shape_of
 from wspace.errors import PruneError, message
 from wspace.nn.pieces import Piece, pieces
-from wspace.prune.restriction import prunable
-from wspace.prune.slices import (
+from wspace.prune.importance.slices import (
     Normalize,
     Reduction,
     Scores,
@@ -41,6 +40,7 @@ from wspace.prune.slices import (
     unit_sums,
     weights_of,
 )
+from wspace.prune.restriction import prunable
 from wspace.space import Role, WeightSpace
 
 __all__ = [
@@ -81,7 +81,8 @@ def importance_of(importance: Importance | str) -> Importance:
 
     Args:
         importance: One of ``"magnitude"``, ``"magnitude_l1"``, ``"bn_scale"``, ``"lamp"``,
-            ``"fpgm"`` and ``"random"``, or any object that is called with a module and its space.
+            ``"fpgm"``, ``"random"``, ``"predicted"`` and ``"mean_field"``, or any object that is
+            called with a module and its space.
 
     Returns:
         The importance.
@@ -97,6 +98,8 @@ def importance_of(importance: Importance | str) -> Importance:
             "lamp": LAMP,
             "fpgm": FPGM,
             "random": Random,
+            "predicted": lambda: _learned("Predicted"),
+            "mean_field": lambda: _learned("MeanField"),
         }
         if importance in made:
             return made[importance]()
@@ -114,6 +117,12 @@ def importance_of(importance: Importance | str) -> Importance:
             help=help,
         )
     )
+
+
+def _learned(name: str) -> Importance:
+    from wspace.prune.learned import predicted  # which loads a metanet
+
+    return getattr(predicted, name)()
 
 
 # ------------------------------------------------------------------------- the criteria

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from wspace.action import State, shape_of
 from wspace.action.places import along_axis
 from wspace.errors import PruneError, message
-from wspace.prune.importance import Magnitude
+from wspace.prune.importance.slices import check_finite, weights_of
+from wspace.prune.importance.weights import Magnitude
 from wspace.prune.restriction import prunable
-from wspace.prune.slices import check_finite, weights_of
 from wspace.space import Axis, Param, Role, WeightSpace
 
 

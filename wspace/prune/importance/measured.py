@@ -21,9 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wspace.action import shape_of
 from wspace.batchnorm import Batches, moved
 from wspace.errors import PruneError, message
-from wspace.prune.importance import WeightImportance, completed
+from wspace.prune.importance.slices import (
+    Scores,
+    batch_of,
+    check_finite,
+    check_option,
+    unit_sums,
+    weights_of,
+)
+from wspace.prune.importance.weights import WeightImportance, completed
 from wspace.prune.restriction import prunable
-from wspace.prune.slices import Scores, batch_of, check_finite, check_option, unit_sums, weights_of
 from wspace.restore import buffers_of, drawn_again, generators_of, put_back
 from wspace.space import WeightSpace
 from wspace.trace.observe import Key, Observer, Plan, Use

@@ -37,8 +37,8 @@ from wspace.errors import PruneError, message
 from wspace.graph import ParameterGraph, encode
 from wspace.nn.gmn import GraphMetanet
 from wspace.nn.metanet import Metanet
-from wspace.prune.effects import Loss, strips
-from wspace.prune.predictor import UnitPredictor, load_predictor
+from wspace.prune.learned.effects import Loss, strips
+from wspace.prune.learned.predictor import UnitPredictor, load_predictor
 from wspace.prune.restriction import prunable
 from wspace.restore import modes_of, put_modes
 from wspace.space import WeightSpace

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from wspace.action import State
 from wspace.errors import PruneError, message
 from wspace.graph import encode
-from wspace.prune.predictor import UnitPredictor
+from wspace.prune.learned.predictor import UnitPredictor
 from wspace.space import WeightSpace
 
 FLOOR = 0.02

@@ -5,8 +5,8 @@ A unit is taken away by zeros in every entry of a parameter that belongs to it, 
 them do together is not measured. Many are taken away at once, each from a copy of its own, in one
 vectorised pass; where a module cannot be run so, one by one.
 
-The measured effect is what importance is to predict (`wspace.prune.predicted`), and the best that a
-criterion which looks at units alone can know.
+The measured effect is what importance is to predict (`wspace.prune.learned.predicted`), and the
+best that a criterion which looks at units alone can know.
 """
 
 import warnings

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from wspace.errors import PruneError, message
-from wspace.prune.config_build import Observable, Observer
+from wspace.prune.huggingface.build import Observable, Observer
 from wspace.trace.polynomials import Polynomial
 
 Field = tuple[str | int, ...]

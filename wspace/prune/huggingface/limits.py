@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from wspace.errors import PruneError
-from wspace.prune.config_build import has_config, observer_of
-from wspace.prune.config_fields import named, probed
+from wspace.prune.huggingface.build import has_config, observer_of
+from wspace.prune.huggingface.fields import named, probed
 from wspace.space import WeightSpace
 from wspace.trace import polynomials
 from wspace.trace.polynomials import Polynomial

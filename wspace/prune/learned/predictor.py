@@ -1,7 +1,8 @@
 """A metanet that predicts each unit's effect from weights, and its files.
 
-`UnitPredictor` reads the parameter graph of any traced network; `wspace.prune.predicted` makes an
-importance of it, `wspace.prune.learning` trains it on networks whose effects were measured.
+`UnitPredictor` reads the parameter graph of any traced network; `wspace.prune.learned.predicted`
+makes an importance of it, `wspace.prune.learned.learning` trains it on networks whose effects were
+measured.
 """
 
 import json
@@ -21,9 +22,9 @@ from wspace.graph import ParameterGraph
 from wspace.graph.structure import Structure
 from wspace.nn.embed import Embedding, block_words, node_words
 from wspace.nn.gmn import GraphMetanet
+from wspace.prune.learned.features import FEATURES, LOGS, SMALL, estimated, unit_features
+from wspace.prune.learned.nodes import unit_nodes
 from wspace.prune.restriction import prunable
-from wspace.prune.unit_features import FEATURES, LOGS, SMALL, estimated, unit_features
-from wspace.prune.unit_nodes import unit_nodes
 
 FORMAT = "wspace-unit-predictor-1"
 TRAINED = Path(__file__).parent / "trained"
@@ -110,9 +111,9 @@ def _scaled(features: Tensor) -> Tensor:
 class UnitPredictor(nn.Module):
     """Predicts the logarithm of each unit's effect, relative to the network's mean effect.
 
-    The mean-field estimate of `wspace.prune.unit_features`, in a linear map, and a correction. For
-    that a `GraphMetanet` gives every node a vector; those of a unit are averaged with its features,
-    and a perceptron reads them beside the average of the unit's group. Widths, depths and
+    The mean-field estimate of `wspace.prune.learned.features`, in a linear map, and a correction.
+    For that a `GraphMetanet` gives every node a vector; those of a unit are averaged with its
+    features, and a perceptron reads them beside the average of the unit's group. Widths, depths and
     architectures may differ from those of training. Permuting a network's units permutes the
     predictions.
 

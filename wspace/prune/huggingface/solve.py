@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from wspace.errors import PruneError, message
-from wspace.prune.config_build import Observable, Observer, build_meta, observer_of, shapes_of
-from wspace.prune.config_fields import Field, Fields, Number, Response, named, probed
+from wspace.prune.huggingface.build import Observable, Observer, build_meta, observer_of, shapes_of
+from wspace.prune.huggingface.fields import Field, Fields, Number, Response, named, probed
 from wspace.prune.restriction import Restriction
 from wspace.trace.sizes import Sizes
 

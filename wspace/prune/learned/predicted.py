@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from wspace.action import shape_of
 from wspace.graph import encode
-from wspace.prune.predictor import UnitPredictor, load_predictor
+from wspace.prune.learned.features import estimated, unit_features
+from wspace.prune.learned.nodes import unit_nodes
+from wspace.prune.learned.predictor import UnitPredictor, load_predictor
 from wspace.prune.restriction import prunable
-from wspace.prune.unit_features import estimated, unit_features
-from wspace.prune.unit_nodes import unit_nodes
 from wspace.space import WeightSpace
 
 
@@ -23,7 +23,7 @@ class Predicted:
     so units of different groups compare (global scope), and sums stand for units taken together.
 
     Args:
-        predictor: A name of `wspace.prune.predictor.SHIPPED`, a file, or a predictor.
+        predictor: A name of `wspace.prune.learned.predictor.SHIPPED`, a file, or a predictor.
 
     Raises:
         CheckpointError: If there is no such predictor.
@@ -86,9 +86,9 @@ class Predicted:
 class MeanField:
     """Importance by an estimate that nothing was learned for: mean-field theory on the graph.
 
-    See `wspace.prune.unit_features`: the second moment of what a unit sends, times the share of it
-    that arrives at the outputs, of inputs that are independent and of variance 1. Behind BatchNorm
-    its own statistics hold instead. A unit's nodes are summed.
+    See `wspace.prune.learned.features`: the second moment of what a unit sends, times the share of
+    it that arrives at the outputs, of inputs that are independent and of variance 1. Behind
+    BatchNorm its own statistics hold instead. A unit's nodes are summed.
 
     Example:
         >>> import wspace

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map_only
 from wspace.action import State
 from wspace.errors import PruneError, message
 from wspace.prune.compact import _scaled
-from wspace.prune.config_build import has_config
-from wspace.prune.config_limits import config_fields, config_pinned, config_ties
-from wspace.prune.config_solve import smaller_config
+from wspace.prune.huggingface.build import has_config
+from wspace.prune.huggingface.limits import config_fields, config_pinned, config_ties
+from wspace.prune.huggingface.solve import smaller_config
 from wspace.prune.restriction import Restriction
 from wspace.restore import drawn_again
 from wspace.space import WeightSpace
