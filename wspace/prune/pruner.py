@@ -317,10 +317,7 @@ class Pruner:
     def _masked(self, few: Restriction) -> list[Tensor]:
         """Outputs of the module with zeros in the place of the units that go."""
         known = dict(self.module.named_parameters(remove_duplicate=False))
-        state = {
-            p.name: known[p.name].masked_fill(few.zeroed(p).to(known[p.name].device), 0)
-            for p in few.touched
-        }
+        state = {p.name: few.off(p, known[p.name].detach()) for p in few.touched}
         return outputs(self.module, (self.args, self.kwargs), state)
 
     # ------------------------------------------------------------------- factors of sizes
