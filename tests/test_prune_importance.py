@@ -309,7 +309,8 @@ def test_weights_that_are_no_numbers_are_named(bad: float) -> None:
 
 def test_refusals() -> None:
     module, space = three()
-    known = r"'magnitude', 'magnitude_l1', 'bn_scale', 'lamp', 'fpgm', 'random'\n  got 'taylor'"
+    known = r"'magnitude', 'magnitude_l1', 'bn_scale', 'lamp', 'fpgm', 'random', 'predicted', "
+    known += r"'mean_field'\n  got 'taylor'"
     with pytest.raises(PruneError, match=known):
         importance_of("taylor")
     with pytest.raises(PruneError, match="not its class"):
