@@ -81,6 +81,8 @@ def unit_slices(
             held = piece.names
             given = {n: of(values[n].detach()) if of else values[n] for n in held}
         x = piece.read(given, len(batch))
+        if len(wanted) > 1 < x.shape[-1]:  # what no slot holds is summed once for all
+            x = x.sum(-1, keepdim=True, dtype=torch.float64)
         for k in wanted:
             y = summed(x, piece, k)
             yield piece.slots[k].group, space[piece.names[0]], y.reshape(*batch, *y.shape[1:])
