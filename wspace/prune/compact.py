@@ -49,7 +49,7 @@ def compact(
     """
     tensors = dict(_tensors(module))
     state = restriction.state({n: x.detach() for n, x in tensors.items()})
-    state = _scaled(state, restriction, factors or {})
+    state = scaled(state, restriction, factors or {})
     memo: dict[int, Any] = {}
     wanted: dict[str, Tensor] = {}
     for name, x in tensors.items():
@@ -164,9 +164,19 @@ def _holds(p: Param, group: str) -> bool:
     return any(g.name == group for axis in p.axes for g in axis.groups())
 
 
-def _scaled(
+def scaled(
     state: dict[str, Tensor], restriction: Restriction, factors: Mapping[str, float]
 ) -> dict[str, Tensor]:
+    """A small state with one side of some scalings multiplied.
+
+    Args:
+        state: Tensors of the small space by name; changed in place.
+        restriction: What is kept.
+        factors: Group → factor, see `scaled_side`.
+
+    Returns:
+        The state.
+    """
     small = restriction.small
     for group, factor in factors.items():
         for name, slots in scaled_side(restriction, group).items():

@@ -1,16 +1,16 @@
 """Hugging Face models made anew from a smaller config, so that they save and load as any other.
 
-Which field of a config sizes what is found in `config_fields`, and solved for the sizes that are
-left in `config_solve`. Here the class is built from the new config and the weights that stay are
+Which field of a config sizes what is found in `fields`, and solved for the sizes that are
+left in `solve`. Here the class is built from the new config and the weights that stay are
 loaded. What a constructor computes from sizes besides (the scale of attention) is undone in the
 weights, where the outputs show that it is needed.
 """
 
 # pyright: reportPrivateUsage=false
+# Buffers of modules have no public names.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from itertools import islice, product
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from wspace.action import State
 from wspace.errors import PruneError, message
-from wspace.prune.compact import _scaled
+from wspace.prune.agreement import POWERS, gap, outputs
+from wspace.prune.compact import scaled
 from wspace.prune.huggingface.build import has_config
 from wspace.prune.huggingface.limits import config_fields, config_pinned, config_ties
 from wspace.prune.huggingface.solve import smaller_config
@@ -28,11 +29,7 @@ from wspace.prune.restriction import Restriction
 from wspace.restore import drawn_again
 from wspace.space import WeightSpace
 from wspace.trace.sandbox import (
-    attributes_restored,
-    dense_experts,
     double_precision,
-    evaluation_mode,
-    tensors_in,
 )
 from wspace.trace.sizes import Sizes, find_sizes
 
@@ -49,8 +46,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LOW = 5e-2
 SURE = 1e-12
 """A difference in float64 at which no other factors are tried."""
-POWERS = (0.5, -0.5, 1.0, -1.0)
-"""Powers of the share of units left by which a constructor may scale what it computes."""
 REMEDIES = 256
 """Combinations of factors that are tried."""
 
@@ -124,7 +119,7 @@ def from_config(
             )
         )
     if remedies[best]:
-        _load(small, _scaled(dict(state), restriction, remedies[best]))
+        _load(small, scaled(dict(state), restriction, remedies[best]))
     return small
 
 
@@ -203,21 +198,16 @@ def _tried(
     """
     example = few.large.example or ((), {})
     if len(remedies) == 1:
-        return [_gap(_outputs(reference, example), _run(small, example))]
+        return [gap(outputs(reference, example), _run(small, example))]
     small, reference = copy.deepcopy(small).double(), copy.deepcopy(reference).double()
     example = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
     state = {n: x.double() if x.is_floating_point() else x for n, x in state.items()}
     gaps: list[float] = []
     with double_precision():
-        wanted = _outputs(reference, example)
+        wanted = outputs(reference, example)
         for factors in remedies:
-            try:
-                scaled = _scaled(dict(state), few, factors)
-            except KeyError:  # the side of a scaling that the space has no more
-                gaps.append(float("inf"))
-                continue
-            _load(small, scaled)
-            gaps.append(_gap(wanted, _run(small, example)))
+            _load(small, scaled(dict(state), few, factors))
+            gaps.append(gap(wanted, _run(small, example)))
             if gaps[-1] <= SURE:
                 break
     return gaps
@@ -297,7 +287,7 @@ def _share(few: Restriction, group: str) -> float:
 def _run(small: nn.Module, example: tuple[Any, Mapping[str, Any]]) -> list[Tensor]:
     """Outputs of the small model; its code may refuse the sizes in any way it likes."""
     try:
-        return _outputs(small, example)
+        return outputs(small, example)
     except Exception as error:
         raise PruneError(
             message(
@@ -307,25 +297,3 @@ def _run(small: nn.Module, example: tuple[Any, Mapping[str, Any]]) -> list[Tenso
                 help="its code allows other sizes only: leave the groups involved as they are",
             )
         ) from error
-
-
-def _outputs(module: nn.Module, example: tuple[Any, Mapping[str, Any]]) -> list[Tensor]:
-    with ExitStack() as stack:
-        for context in (evaluation_mode, attributes_restored, drawn_again, dense_experts):
-            stack.enter_context(context(module))
-        stack.enter_context(torch.no_grad())
-        torch.manual_seed(0)
-        args, kwargs = tree_map_only(Tensor, Tensor.clone, example)
-        return [t.detach() for t in tensors_in(module(*args, **kwargs))]
-
-
-def _gap(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest difference of any output, relative to the largest entry of that output."""
-    gaps = [0.0]
-    for x, y in zip(a, b, strict=True):
-        if x.shape != y.shape:
-            return float("inf")
-        if x.is_floating_point() and x.numel():
-            scale = float(x.abs().nan_to_num().max()) or 1.0
-            gaps.append(float((x - y).abs().nan_to_num().max()) / scale)
-    return max(gaps)
