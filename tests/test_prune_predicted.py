@@ -37,7 +37,7 @@ MAKE = {
     "depthwise": (lambda: architectures.depthwise(2, 5, classes=3), (1, 2, 8, 8)),
     "transformer": (lambda: architectures.vit(2, 8, width=6, blocks=1, classes=3), (1, 2, 8, 8)),
 }
-WITHOUT_NODES = {"nerf"}
+WITHOUT_NODES = {"nerf", "moe_averaged"}
 """Cases with a group that no edge or feature of the graph is attached to."""
 
 
