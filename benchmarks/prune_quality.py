@@ -97,7 +97,13 @@ def importance(criterion: str, batches: list[tuple[Tensor, Tensor]], seed: int) 
 def ours(run: Run, module: nn.Module, factor: float, data: Data, seed: int) -> nn.Module:
     x = data.train[0][:1]
     pruner = Pruner(module, wspace.trace(module, (x,)))
-    how = Selection(amount=1 - 1 / factor, of="flops", scope=run.scope)
+    losses = run.criterion == "predicted"  # which compare as they are
+    how = Selection(
+        amount=1 - 1 / factor,
+        of="flops",
+        scope=run.scope,
+        normalize="none" if losses else "mean",
+    )
     scores = importance(run.criterion, calibration(data), seed)
     return pruner.prune(pruner.choose(scores, how))
 
