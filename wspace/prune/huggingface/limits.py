@@ -35,9 +35,13 @@ def config_fields(
             config.
 
     Example:
-        >>> import torch, wspace  # doctest: +SKIP
-        >>> config_fields(llama, space)["intermediate_size"][0]  # doctest: +SKIP
-        ('model.layers.0.mlp.gate_proj.weight', 0)
+        >>> import torch, wspace
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=12, n_layer=1, n_head=3, n_positions=8, vocab_size=9)
+        >>> gpt2 = GPT2LMHeadModel(config).eval()
+        >>> space = wspace.trace(gpt2, torch.arange(4)[None], {"use_cache": False})
+        >>> config_fields(gpt2, space)["n_inner"][0]
+        ('transformer.h.0.mlp.c_fc.weight', 1)
     """
     fields = probed(observer_of(module, space, sizes), module, explicit=True)
     return {

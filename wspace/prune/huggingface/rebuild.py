@@ -78,8 +78,15 @@ def from_config(
             should. The message names the field or the tensor.
 
     Example:
-        >>> few = Restriction(space, keep)  # doctest: +SKIP
-        >>> from_config(llama, few).save_pretrained("small")  # doctest: +SKIP
+        >>> import torch, wspace
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(n_embd=12, n_layer=1, n_head=3, n_positions=8, vocab_size=9)
+        >>> gpt2 = GPT2LMHeadModel(config).eval()
+        >>> space = wspace.trace(gpt2, torch.arange(4)[None], {"use_cache": False})
+        >>> neurons = next(space["transformer.h.0.mlp.c_fc.weight"].axes[1].groups())
+        >>> few = Restriction(space, {neurons.name: torch.arange(48) < 20})
+        >>> from_config(gpt2, few).config.n_inner
+        20
     """
     space = restriction.large
     if sizes is None and space.example is not None:
