@@ -70,6 +70,7 @@ _PLAIN = [
     _case("graph_attention", plain.GraphAttention, (5, 5)),
     _case("moe_dense", plain.DenseMoE, (6, 5)),
     _case("moe_ordered", lambda: plain.StackedMoE(ordered=True), (6, 5)),
+    _case("moe_summed", plain.SummedMoE, (6, 5)),
     _case("moe_averaged", lambda: plain.StackedMoE(ordered=False), (6, 5)),
     _case("moe_top2", plain.TopMoE, (6, 7)),
     _case("moe_dispatch", plain.LoopMoE, (6, 7)),

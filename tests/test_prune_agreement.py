@@ -1,5 +1,6 @@
 """The small module beside the masked one: what is caught, what is undone, what stays."""
 
+import copy
 import threading
 from pathlib import Path
 
@@ -163,7 +164,8 @@ def test_gaps() -> None:
 
 
 def test_a_copy_does_not_save_a_config_that_is_wrong(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(
         n_layer=1, n_embd=12, n_head=2, vocab_size=9, n_positions=8, use_cache=False
     )
@@ -178,3 +180,40 @@ def test_a_copy_does_not_save_a_config_that_is_wrong(tmp_path: Path) -> None:
     built = prune(module, space, keep)
     assert built.config.n_inner == 20 and module.config.n_inner is None
     built.save_pretrained(tmp_path)
+
+
+def test_a_copy_that_mixes_tensors_up_is_refused() -> None:
+    class Swapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.d = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+        def __deepcopy__(self, memo: dict[int, object]) -> "Swapping":
+            made = Swapping.__new__(Swapping)
+            made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            made.b, made.c = made.c, made.b
+            return made
+
+    module = Swapping().double()
+    space = wspace.trace(module, X)
+    with pytest.raises(PruneError, match=r"b\.weight, which holds another tensor"):
+        prune(module, space, {group(space, f"{n}.weight"): torch.arange(8) < 5 for n in "abc"})
+
+
+def test_a_factor_that_nothing_undoes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Times(Two):
+        def hidden(self, x: Tensor) -> Tensor:
+            y = super().hidden(x)
+            return y + 0.1 * torch.tanh(y * y.shape[-1])
+
+    module = Times()
+    space = wspace.trace(module, X)
+    prune(module, space, {group(space, "a.weight"): torch.arange(8) < 5})
+    assert "is used as a factor at test_prune_agreement.py" in caplog.text
+    caplog.clear()
+    prune(Two(), wspace.trace(Two(), X), {group(space, "a.weight"): torch.arange(8) < 5})
+    assert not caplog.text

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import build
 from cases_mlp import ControlFlow, mlp
 from oracles import disagreements
 from test_laws import changes, observed
@@ -778,3 +779,17 @@ def test_a_dependence_on_fixed_indices_that_are_identified_late() -> None:
             return first + (self.p * self.p.transpose(0, 1)).sum(-1)
 
     proved(Late(), torch.randn(2, 2))
+
+
+@pytest.mark.parametrize("name", ["moe_dense", "moe_summed", "moe_averaged"])
+def test_experts_of_a_sum_are_a_group(name: str) -> None:
+    """Whatever a sum starts with; of a stack only where its order is lost."""
+    module, args, kwargs = build(name)
+    space = wspace.trace(module, args, kwargs)
+    slots = [p.at for p in space.params if p.name.startswith("experts.")]
+    assert all(slots) and len(set(slots)) == 3
+
+
+def test_experts_that_are_weighted_by_place_are_none() -> None:
+    module, args, kwargs = build("moe_ordered")
+    assert not any(p.at for p in wspace.trace(module, args, kwargs).params)
