@@ -97,7 +97,7 @@ ONLY = [
             "wspace.trace.work",
         ),
     ),
-    (("lightning", "pytorch_lightning"), ("wspace.lit",)),
+    (("lightning", "pytorch_lightning"), ("wspace.lit", "datasets_zoo.experiments")),
 ]
 TORCH_FREE = ("wspace.space", "wspace.trace.solve")
 

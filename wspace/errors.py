@@ -50,6 +50,10 @@ class PruneError(WSpaceError, ValueError):
     """A network cannot be pruned as asked: nothing would be left, or its code fixes a size."""
 
 
+class HyperError(WSpaceError, ValueError):
+    """A hypernetwork does not fit its target, its condition, or the weights asked of it."""
+
+
 class MissingExtra(WSpaceError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

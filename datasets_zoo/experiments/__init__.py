@@ -1,0 +1,1 @@
+"""Data of the experiments in `configs/hyper`, as Lightning data modules."""

@@ -1,0 +1,1 @@
+"""Hypernetworks: modules that generate the weights of any module."""

@@ -1,0 +1,1 @@
+"""Graph hypernetworks: parameters of architectures that were never seen, from their graphs."""

@@ -1,0 +1,1 @@
+"""Heads: from a vector to the tensors of a target, whole, in pieces, one after another."""

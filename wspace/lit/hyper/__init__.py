@@ -1,0 +1,1 @@
+"""Lightning modules of hypernetworks: one for each system of `docs/hypernetworks`."""

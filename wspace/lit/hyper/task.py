@@ -1,0 +1,60 @@
+"""`HyperTask`: what the Lightning modules of hypernetworks share: optimiser, monitored metric."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+
+from wspace.lit.task import Optimization
+
+
+class HyperTask(LightningModule):
+    """A hypernetwork, or a cell, and what it is trained for.
+
+    A subclass makes its parts from plain options in ``__init__`` (so that a configuration says all
+    of it), and has ``training_step``, ``validation_step`` and ``test_step``.
+
+    Args:
+        optimization: Optimiser and learning rate.
+
+    Attributes:
+        monitor: Quantity by which the best checkpoint is chosen, and ``"min"`` or ``"max"``.
+    """
+
+    monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
+
+    def __init__(self, optimization: Optimization | None = None) -> None:
+        super().__init__()
+        self.optimization = optimization or Optimization(weight_decay=0.0)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over all parameters that are trained, its rate as `Optimization` says.
+
+        Returns:
+            The optimiser and its schedule.
+        """
+        how = self.optimization
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.dim() > 1]
+        plain = [p for p in trained if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": how.weight_decay}]
+        groups += [{"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], how.lr, how.betas)
+        total = float(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: how.factor(k, total))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def log_all(self, values: Mapping[str, Any], stage: str, size: int) -> None:
+        """Logs quantities as ``stage/name``: each step's in training, else the mean of an epoch.
+
+        Args:
+            values: Numbers by name.
+            stage: ``"train"``, ``"val"`` or ``"test"``.
+            size: Examples that they are means over.
+        """
+        named = {f"{stage}/{name}": value for name, value in values.items()}
+        self.log_dict(named, batch_size=size, on_step=stage == "train", on_epoch=stage != "train")
