@@ -1,1 +1,16 @@
-"""Hypernetworks: modules that generate the weights of any module."""
+"""Hypernetworks: modules that generate the weights of any module.
+
+A `HyperNetwork` is a target, a condition (from what is conditioned on to a vector) and a head (from
+the vector to tensors). What it returns is a state of the target, as every other part of wspace
+takes it. Systems built of it have modules of their own.
+"""
+
+from wspace.hyper.call import call as call
+from wspace.hyper.condition import TaskEmbedding as TaskEmbedding
+from wspace.hyper.heads.full import FullHead as FullHead
+from wspace.hyper.heads.head import Head as Head
+from wspace.hyper.hypernetwork import HyperNetwork as HyperNetwork
+from wspace.hyper.initialize import initialize as initialize
+from wspace.hyper.pull import pull_back as pull_back
+from wspace.hyper.target import Coverage as Coverage
+from wspace.hyper.target import Weight as Weight

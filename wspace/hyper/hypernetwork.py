@@ -1,0 +1,347 @@
+"""`HyperNetwork`: weights of any module, from a condition."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from wspace.action import State
+from wspace.errors import HyperError, message
+from wspace.hyper.call import Inputs, Method, call
+from wspace.hyper.heads.head import Head
+from wspace.hyper.initialize import Scheme, centre, initialize
+from wspace.hyper.target import (
+    Coverage,
+    Select,
+    Weight,
+    parameters_of,
+    placeholder,
+    selected,
+    skeleton,
+    weights_of,
+)
+from wspace.space import WeightSpace
+
+Base = Literal["frozen", "trained"] | Mapping[str, Tensor] | None
+
+
+class HyperNetwork(nn.Module):
+    """A pure map from a condition to the state of a target: any module, whole or in part.
+
+    The target is copied, and never changed. In the copy, generated parameters are placeholders;
+    shared ones are ordinary parameters that are trained with the hypernetwork; what is neither is
+    frozen. Tied parameters are generated once, parametrised ones (weight norm) in the parameters
+    that they are computed from.
+
+    Args:
+        target: The module whose weights are generated.
+        condition: Module from what is conditioned on to a vector, with an attribute ``width``; None
+            for a head that needs none.
+        head: Module from that vector to weights; it is bound to the target here.
+        base: Values that what is made is added to: ``"frozen"`` and ``"trained"`` are the target's
+            own, a state by name is frozen; None for none.
+        select: Parameters that are generated (`wspace.hyper.target.Select`).
+        share: Of the rest, parameters that are trained; None for none.
+        init: Variances to begin with (`wspace.hyper.initialize`).
+        scale: Factor of what is made; 0 gives the base exactly.
+        space: Weight space of the target, for the roles of its parameters; without it they follow
+            from the modules that own them.
+        generator: Source of randomness.
+
+    Attributes:
+        target: The copy.
+        weights: What is generated.
+        coverage: Which tensors are generated, shared, untouched; print it.
+
+    Raises:
+        HyperError: If a pattern chooses nothing, the head cannot make the weights, or base and head
+            do not go together.
+
+    Example:
+        >>> from wspace.hyper import FullHead, HyperNetwork, TaskEmbedding
+        >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+        >>> hyper = HyperNetwork(net, TaskEmbedding(4, 8), FullHead([16]), select="*.weight")
+        >>> state = hyper(torch.tensor([0, 2]))
+        >>> {name: tuple(x.shape) for name, x in state.items()}
+        {'0.weight': (2, 5, 3), '0.bias': (2, 5), '2.weight': (2, 2, 5), '2.bias': (2, 2)}
+        >>> hyper.run(torch.tensor([0, 2]), torch.randn(2, 7, 3)).shape
+        torch.Size([2, 7, 2])
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        condition: nn.Module | None,
+        head: Head,
+        base: Base = None,
+        *,
+        select: Select = "*",
+        share: Select | None = "*",
+        init: Scheme = "hyperfan_in",
+        scale: float = 1.0,
+        space: WeightSpace | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        chosen = selected(target, select, "select")
+        if not chosen:
+            raise HyperError(
+                message("hypernetwork: no parameter to generate", help="choose some with select=")
+            )
+        shared = set[str]() if share is None else selected(target, share, "share") - chosen
+        self.weights = weights_of(target, chosen, space)
+        values = _values(target, self.weights, base)
+        _check(head, init, values)
+        self.coverage = _coverage(target, self.weights, shared)
+        self.scale = scale
+        self.target = skeleton(target, self.weights, shared)
+        self._order = [n for n, x in target.state_dict().items() if isinstance(x, Tensor)]
+        self.condition = condition
+        head.bind(
+            self.weights, 0 if condition is None else int(cast(Any, condition).width), generator
+        )
+        self.head = head
+        self.base = None
+        if values is not None:
+            trained = base == "trained"
+            self.base = nn.ParameterList(nn.Parameter(x, requires_grad=trained) for x in values)
+        initialize(head, init, generator=generator)
+        like = target.get_parameter(self.weights[0].name)
+        head.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+    # ----------------------------------------------------------------- generating
+
+    def embed(self, cond: Any = None) -> Tensor:
+        """Vector of a condition.
+
+        Args:
+            cond: What the condition takes; None if there is no condition, or to call it without.
+
+        Returns:
+            Vectors, ``(*batch, width)``.
+
+        Raises:
+            HyperError: If something is conditioned on, and there is no condition.
+        """
+        if self.condition is None:
+            if cond is not None:
+                raise HyperError(
+                    message("hypernetwork: there is no condition", got=f"{type(cond).__name__}")
+                )
+            return self.head.gains[:0]
+        return self.condition() if cond is None else self.condition(cond)
+
+    def generate(self, cond: Any = None) -> dict[str, Tensor]:
+        """The generated tensors alone.
+
+        Args:
+            cond: What is conditioned on.
+
+        Returns:
+            By first name, ``(*batch, *shape)``.
+        """
+        return self.generate_from(self.embed(cond))
+
+    def generate_from(self, e: Tensor) -> dict[str, Tensor]:
+        """The tensors for the vector of a condition.
+
+        Args:
+            e: Vectors, ``(*batch, width)``.
+
+        Returns:
+            By first name, ``(*batch, *shape)``.
+        """
+        base = None
+        if self.base is not None:
+            base = dict(zip((w.name for w in self.weights), self.base, strict=True))
+        made = self.head(e.to(self.head.gains.dtype), base, self.scale)
+        for w in self.weights:
+            x = made[w.name]
+            x = x + centre(w) if base is None and centre(w) else x
+            made[w.name] = x.to(self.target.get_buffer(w.name).dtype)
+        return made
+
+    def forward(self, cond: Any = None) -> State:
+        """The whole state of the target for a condition.
+
+        Args:
+            cond: What is conditioned on; with batch axes it gives states with the same.
+
+        Returns:
+            All tensors of the target's ``state_dict``: generated ones, shared ones, buffers, under
+            all their names. Those that do not depend on the condition are expanded to the batch
+            axes, without copies.
+        """
+        return self.completed(self.generate(cond))
+
+    def completed(self, made: Mapping[str, Tensor]) -> State:
+        """The whole state around generated tensors.
+
+        Args:
+            made: What `generate` returns.
+
+        Returns:
+            As `forward`.
+        """
+        first = self.weights[0]
+        batch = made[first.name].shape[: made[first.name].dim() - len(first.shape)]
+        named = {n: made[w.name] for w in self.weights for n in w.names}
+        own: dict[str, Tensor] = dict(self.target.named_parameters(remove_duplicate=False))
+        own |= dict(self.target.named_buffers(remove_duplicate=False))
+        return {n: named[n] if n in named else own[n].expand(*batch, *own[n].shape)
+                for n in self._order}  # fmt: skip
+
+    def run(
+        self,
+        cond: Any,
+        *args: Any,
+        inputs: Inputs = "paired",
+        method: Method = "auto",
+        **kwargs: Any,
+    ) -> Any:
+        """The target's answer with generated weights.
+
+        Args:
+            cond: What is conditioned on; with a batch axis, several networks run at once.
+            args: Inputs of the target.
+            inputs: How inputs go with several networks (`wspace.hyper.call`).
+            method: How they are run.
+            kwargs: Inputs of the target by name.
+
+        Returns:
+            What the target returns; with a batch of conditions, B comes first.
+        """
+        return self.run_with(self.generate(cond), *args, inputs=inputs, method=method, **kwargs)
+
+    def run_with(
+        self,
+        made: Mapping[str, Tensor],
+        *args: Any,
+        inputs: Inputs = "paired",
+        method: Method = "auto",
+        **kwargs: Any,
+    ) -> Any:
+        """The target's answer with given tensors in place of the generated ones.
+
+        Args:
+            made: Generated tensors by first name, at most one batch axis.
+            args: Inputs of the target.
+            inputs: As in `run`.
+            method: As in `run`.
+            kwargs: Inputs of the target by name.
+
+        Returns:
+            As `run`.
+        """
+        state = {n: made[w.name] for w in self.weights for n in w.names}
+        return call(self.target, state, args, kwargs, inputs=inputs, method=method)
+
+    # ------------------------------------------------------------------- deploying
+
+    @torch.no_grad()
+    def cache(self, cond: Any = None) -> State:
+        """The state for a condition, once: copies without gradients.
+
+        Args:
+            cond: What is conditioned on.
+
+        Returns:
+            As `forward`; tied names share one tensor.
+        """
+        state, seen = self.forward(cond), dict[int, Tensor]()
+        return {n: seen.setdefault(id(x), x.detach().clone()) for n, x in state.items()}
+
+    @torch.no_grad()
+    def write_to(self, module: nn.Module, cond: Any = None) -> None:
+        """Copies the state for a condition into a module: all tensors, or none.
+
+        Args:
+            module: A module built as the target was.
+            cond: What is conditioned on, without batch axes.
+
+        Raises:
+            HyperError: If names or shapes differ, or values are not finite.
+        """
+        state = self.forward(cond)
+        own = {n: x for n, x in module.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
+        wrong = [f"{n!r}, which only one of them has" for n in state.keys() ^ own.keys()]
+        for n in state.keys() & own.keys():
+            if state[n].shape != own[n].shape:
+                wrong.append(f"{n!r} of shape {tuple(state[n].shape)} for {tuple(own[n].shape)}")
+            elif not state[n].isfinite().all():
+                wrong.append(f"{n!r} with values that are not finite")
+        if wrong:
+            raise HyperError(
+                message("write_to: the module is left as it was", got=sorted(wrong),
+                        help="build it as the target was built, and condition on one thing")
+            )  # fmt: skip
+        for n, x in state.items():
+            own[n].copy_(x)
+
+    # ------------------------------------------------------------------------ rest
+
+    @property
+    def generated(self) -> int:
+        """Entries that are generated for one condition."""
+        return self.head.numel
+
+    def extra_repr(self) -> str:
+        """How much is generated, and by how much."""
+        own = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        shared = sum(self.coverage.shared.values())
+        return f"generates {self.generated:,} entries from {own - shared:,} (+ {shared:,} shared)"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        for w in self.weights:  # moved placeholders have got memory
+            values = placeholder(w, self.target.get_buffer(w.name))
+            for name in w.names:
+                owner, _, last = name.rpartition(".")
+                self.target.get_submodule(owner).register_buffer(last, values, persistent=False)
+        return self
+
+
+def _values(target: nn.Module, weights: tuple[Weight, ...], base: Base) -> list[Tensor] | None:
+    """Copies of the values of the base, one for each weight."""
+    if base is None:
+        return None
+    if isinstance(base, str):
+        if base not in {"frozen", "trained"}:
+            raise HyperError(
+                message(f"hypernetwork: unknown base {base!r}",
+                        expected="'frozen', 'trained', a state, or None")
+            )  # fmt: skip
+        return [target.get_parameter(w.name).detach().clone() for w in weights]
+    wrong = [f"no tensor {w.name!r}" for w in weights if w.name not in base]
+    wrong += [
+        f"{w.name!r} of shape {tuple(base[w.name].shape)}, expected {w.shape}"
+        for w in weights
+        if w.name in base and tuple(base[w.name].shape) != w.shape
+    ]
+    if wrong:
+        raise HyperError(message("hypernetwork: the base does not fit the target", got=wrong))
+    return [base[w.name].detach().clone() for w in weights]
+
+
+def _check(head: Head, init: str, values: list[Tensor] | None) -> None:
+    if values is not None:
+        return
+    if head.needs_base or init in {"residual", "bias"}:
+        what = type(head).__name__ if head.needs_base else f"init={init!r}"
+        raise HyperError(
+            message(f"hypernetwork: {what} changes values that are there", expected="a base",
+                    got="base=None", help='base="frozen" or base="trained"')
+        )  # fmt: skip
+
+
+def _coverage(target: nn.Module, weights: tuple[Weight, ...], shared: set[str]) -> Coverage:
+    made = {n for w in weights for n in w.names}
+    found = parameters_of(target)
+    rest = {f.names[0]: f.value.numel() for f in found if f.names[0] not in made}
+    return Coverage(
+        generated={w.name: w.numel for w in weights},
+        shared={n: k for n, k in rest.items() if n in shared},
+        untouched={n: k for n, k in rest.items() if n not in shared}
+        | {n: x.numel() for n, x in target.named_buffers()},
+    )

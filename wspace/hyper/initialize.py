@@ -1,0 +1,129 @@
+"""Initialisation of heads: which variance every generated tensor begins with.
+
+A scheme says the second moment of the entries of each weight; `Head.reset` brings the head there,
+and `activation_variance` measures what comes of it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+
+from wspace.errors import HyperError, message
+from wspace.hyper.heads.head import Head
+from wspace.hyper.target import Weight
+from wspace.space import Role
+
+Scheme = Literal["hyperfan_in", "hyperfan_out", "hyperfan_harmonic", "residual", "bias", "default"]
+
+GAIN = 2.0
+"""c of the hyperfan formulas: rectified units halve the second moment."""
+SMALL = 1e-2
+"""Standard deviation of what is made for norms' scales and shifts, around 1 and 0."""
+RESIDUAL = 0.1
+"""Standard deviation of a residual over that of the fan-in rule."""
+
+
+def hyperfan_in(w: Weight) -> float:
+    """Variance that keeps the second moment of activations on the way forward.
+
+    Half of it comes from the bias where the layer has one. Chang, Flokas, Lipson (2020),
+    "Principled Weight Initialization for Hypernetworks", table 1.
+
+    Args:
+        w: A matrix, or a bias.
+
+    Returns:
+        Variance of its entries.
+    """
+    if w.role is Role.SHIFT:
+        return GAIN / 2
+    return GAIN / ((2 if w.bias else 1) * w.fan_in)
+
+
+def hyperfan_out(w: Weight) -> float:
+    """Variance that keeps the second moment of gradients on the way back.
+
+    Args:
+        w: A matrix, or a bias.
+
+    Returns:
+        Variance of its entries.
+    """
+    if w.role is Role.SHIFT:
+        return max(0.0, GAIN * (1 - w.fan_in / w.fan_out))
+    return GAIN / w.fan_out
+
+
+def hyperfan_harmonic(w: Weight) -> float:
+    """Harmonic mean of `hyperfan_in` and `hyperfan_out`; 0 where one of them is.
+
+    Args:
+        w: A matrix, or a bias.
+
+    Returns:
+        Variance of its entries.
+    """
+    a, b = hyperfan_in(w), hyperfan_out(w)
+    return 2 / (1 / a + 1 / b) if a > 0 and b > 0 else 0.0
+
+
+_RULES: dict[str, Callable[[Weight], float]] = {
+    "hyperfan_in": hyperfan_in,
+    "hyperfan_out": hyperfan_out,
+    "hyperfan_harmonic": hyperfan_harmonic,
+}
+
+
+def variances(weights: Sequence[Weight], scheme: Scheme) -> dict[str, float]:
+    """Second moment with which the entries of every weight are to begin.
+
+    Args:
+        weights: What is generated.
+        scheme: A hyperfan rule, or ``"residual"``: a hundredth of that of the fan-in rule, to be
+            added to a base.
+
+    Returns:
+        By name. Scales and shifts of norms vary by 0.01 around 1 and 0; entries of tables have
+        variance 1, as in `torch.nn.Embedding`.
+    """
+    rule = _RULES.get(scheme, hyperfan_in)
+    factor = RESIDUAL**2 if scheme == "residual" else 1.0
+    return {w.name: factor * _variance(w, rule) for w in weights}
+
+
+def _variance(w: Weight, rule: Callable[[Weight], float]) -> float:
+    if w.role is Role.TABLE:
+        return 1.0
+    matrix = w.role is Role.MATRIX or (w.role is Role.OTHER and len(w.shape) >= 2)
+    if matrix or (w.role is Role.SHIFT and w.fan_in > 1):
+        return rule(w)
+    return SMALL**2
+
+
+def centre(w: Weight) -> float:
+    """Value around which a weight without a base is made: 1 for scales, else 0."""
+    return 1.0 if w.role is Role.SCALE else 0.0
+
+
+def initialize(head: Head, scheme: Scheme, *, generator: torch.Generator | None = None) -> None:
+    """Brings a bound head to a scheme.
+
+    Args:
+        head: The head.
+        scheme: One of `variances`; ``"bias"`` makes nothing, so that the base is all there is at
+            first; ``"default"`` leaves the head as it was built.
+        generator: Source of randomness.
+
+    Raises:
+        HyperError: If there is no such scheme.
+    """
+    if scheme not in get_args(Scheme):
+        raise HyperError(
+            message(f"hypernetwork: unknown init {scheme!r}", expected=f"one of {get_args(Scheme)}")
+        )
+    if scheme == "default":
+        return
+    head.reset(variances(head.weights, "residual" if scheme == "bias" else scheme), generator)
+    if scheme == "bias":
+        head.silence()
