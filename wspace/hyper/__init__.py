@@ -7,8 +7,11 @@ takes it. Systems built of it have modules of their own.
 
 from wspace.hyper.call import call as call
 from wspace.hyper.condition import TaskEmbedding as TaskEmbedding
+from wspace.hyper.heads.chunked import ChunkedHead as ChunkedHead
 from wspace.hyper.heads.full import FullHead as FullHead
 from wspace.hyper.heads.head import Head as Head
+from wspace.hyper.heads.recurrent import RecurrentHead as RecurrentHead
+from wspace.hyper.heads.tiled import TiledHead as TiledHead
 from wspace.hyper.hypernetwork import HyperNetwork as HyperNetwork
 from wspace.hyper.initialize import initialize as initialize
 from wspace.hyper.pull import pull_back as pull_back

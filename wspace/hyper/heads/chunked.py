@@ -1,0 +1,108 @@
+"""`ChunkedHead`: all weights in a row, cut into chunks that one small generator makes."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wspace.errors import HyperError, message
+from wspace.hyper.heads.head import Head, linear, perceptron, split
+
+
+class ChunkedHead(Head):
+    """A perceptron of the condition's vector and a chunk's vector; its last map makes a chunk.
+
+    The vectors of chunks are learned, and the same for all conditions. The last chunk is cut off at
+    the end of the target. Parameters grow as hidden × chunk, and for the rest only as the number of
+    chunks. Von Oswald, Henning, Grewe, Sacramento (2020), "Continual learning with hypernetworks",
+    section 2.3 (arXiv 1906.00695).
+
+    Entries that have the same place in different chunks come from one row of the last map. Where a
+    unit's weights fill several chunks, their sum varies more than that of independent ones: take
+    chunks that are no smaller than the largest fan-in.
+
+    Args:
+        chunk: Entries of a chunk.
+        hidden: Widths of the perceptron.
+        embedding: Length of a chunk's vector.
+        at_once: Chunks that are made at a time; None for all of them. In training, those batches
+            are computed again on the way back, so that their hidden layers take no memory.
+    """
+
+    def __init__(
+        self,
+        chunk: int,
+        hidden: Sequence[int] = (100,),
+        *,
+        embedding: int = 32,
+        at_once: int | None = None,
+    ) -> None:
+        super().__init__()
+        if chunk < 1 or embedding < 1 or (at_once is not None and at_once < 1):
+            raise HyperError(
+                message("hypernetwork: ChunkedHead needs sizes of at least 1",
+                        got=f"chunk={chunk}, embedding={embedding}, at_once={at_once}")
+            )  # fmt: skip
+        self.chunk, self.hidden = chunk, tuple(hidden)
+        self.embedding, self.at_once = embedding, at_once
+
+    @property
+    def count(self) -> int:
+        """Number of chunks."""
+        return -(-self.numel // self.chunk)
+
+    def build(self, generator: torch.Generator | None) -> None:
+        """Makes the perceptron and the vectors of the chunks.
+
+        Args:
+            generator: Source of randomness.
+        """
+        self.chunks = nn.Parameter(torch.randn(self.count, self.embedding, generator=generator))
+        sizes = [self.width + self.embedding, *self.hidden]
+        self.trunk = perceptron(sizes, generator)
+        self.last = linear(sizes[-1], self.chunk, 1 / sizes[-1], generator)
+
+    def make(self, e: Tensor) -> dict[str, Tensor]:
+        """All weights of a vector.
+
+        Args:
+            e: Vectors, ``(*batch, width)``.
+
+        Returns:
+            By name, ``(*batch, *shape)``.
+        """
+        if self.at_once is None or self.at_once >= self.count:
+            return split(self.rows(e, self.chunks).flatten(-2), self.weights)
+        again = torch.is_grad_enabled()
+        parts = [
+            cast(Tensor, checkpoint(self.rows, e, c, use_reentrant=False))
+            if again
+            else self.rows(e, c)
+            for c in self.chunks.split(self.at_once)
+        ]
+        return split(torch.cat([p.flatten(-2) for p in parts], -1), self.weights)
+
+    def rows(self, e: Tensor, chunks: Tensor) -> Tensor:
+        """Chunks of a vector.
+
+        Args:
+            e: Vectors, ``(*batch, width)``.
+            chunks: Vectors of chunks, ``(n, embedding)``.
+
+        Returns:
+            Their entries, ``(*batch, n, chunk)``.
+        """
+        batch = e.shape[:-1]
+        there = chunks.expand(*batch, *chunks.shape)
+        if self.width:
+            e = e[..., None, :].expand(*batch, len(chunks), self.width)
+            there = torch.cat([e, there], -1)
+        return self.last(self.trunk(there))
+
+    def silence(self) -> None:
+        """Sets the last map to zero."""
+        with torch.no_grad():
+            self.last.weight.zero_()
+            self.last.bias.zero_()
