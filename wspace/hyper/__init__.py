@@ -6,7 +6,11 @@ takes it. Systems built of it have modules of their own.
 """
 
 from wspace.hyper.call import call as call
+from wspace.hyper.condition import GraphCondition as GraphCondition
+from wspace.hyper.condition import Hyperparameters as Hyperparameters
+from wspace.hyper.condition import Noise as Noise
 from wspace.hyper.condition import TaskEmbedding as TaskEmbedding
+from wspace.hyper.condition import Vector as Vector
 from wspace.hyper.heads.chunked import ChunkedHead as ChunkedHead
 from wspace.hyper.heads.full import FullHead as FullHead
 from wspace.hyper.heads.head import Head as Head
@@ -15,5 +19,6 @@ from wspace.hyper.heads.tiled import TiledHead as TiledHead
 from wspace.hyper.hypernetwork import HyperNetwork as HyperNetwork
 from wspace.hyper.initialize import initialize as initialize
 from wspace.hyper.pull import pull_back as pull_back
+from wspace.hyper.sets import SetEncoder as SetEncoder
 from wspace.hyper.target import Coverage as Coverage
 from wspace.hyper.target import Weight as Weight
