@@ -5,6 +5,7 @@ module raises. Several networks run in one vectorised pass (`torch.func.vmap`), 
 operator has no batching rule, one after another, with the same answer.
 """
 
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -59,9 +60,22 @@ def call(
     """
     given = dict(kwargs or {})
     full, axes, size = _checked(module, state)
-    if size is None:
-        return functional_call(module, full, tuple(args), given, tie_weights=False)
-    leaves, spec = tree_flatten((tuple(args), given))
+    with _own_weights(module):
+        if size is None:
+            return functional_call(module, full, tuple(args), given, tie_weights=False)
+        return _several(module, (full, axes, size), (tuple(args), given), inputs, method)
+
+
+def _several(
+    module: nn.Module,
+    states: tuple[dict[str, Tensor], dict[str, int | None], int],
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    inputs: Inputs,
+    method: Method,
+) -> Any:
+    """What several networks return."""
+    full, axes, size = states
+    leaves, spec = tree_flatten(given)
     places = [k for k, x in enumerate(leaves) if _is_paired(x, inputs)]
     _check_pairs([leaves[k] for k in places], size, inputs)
     run = _Run(module, leaves, spec, places, single=inputs == "samples")
@@ -201,7 +215,20 @@ def _batchable() -> Generator[None]:
     fast: bool = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # some operators are looped over by torch itself, which is as right, and no news
+            warnings.filterwarnings("ignore", "There is a performance drop because")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _own_weights(module: nn.Module) -> Generator[None]:
+    """Recurrent layers keep a list of their weights beside them: it is put back as well."""
+    try:
+        yield
+    finally:
+        for m in module.modules():
+            if isinstance(m, nn.RNNBase):
+                m._flat_weights = [getattr(m, n) for n in m._flat_weights_names]  # pyright: ignore[reportPrivateUsage]

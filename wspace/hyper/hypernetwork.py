@@ -85,6 +85,9 @@ class HyperNetwork(nn.Module):
     ) -> None:
         super().__init__()
         chosen = selected(target, select, "select")
+        if select == "*":  # all that can be; others are shared
+            real = {f.names[0] for f in parameters_of(target) if f.value.is_floating_point()}
+            chosen &= real
         if not chosen:
             raise HyperError(
                 message("hypernetwork: no parameter to generate", help="choose some with select=")
@@ -189,7 +192,7 @@ class HyperNetwork(nn.Module):
         named = {n: made[w.name] for w in self.weights for n in w.names}
         own: dict[str, Tensor] = dict(self.target.named_parameters(remove_duplicate=False))
         own |= dict(self.target.named_buffers(remove_duplicate=False))
-        return {n: named[n] if n in named else own[n].expand(*batch, *own[n].shape)
+        return {n: named[n] if n in named else own[n].expand((*batch, *own[n].shape))
                 for n in self._order}  # fmt: skip
 
     def run(
