@@ -1,0 +1,248 @@
+"""Do self-referential weights learn what labels mean? Few-shot episodes of MNIST, with controls.
+
+Every episode gives three digits the labels 0, 1, 2 at random and shows five labelled images of
+each, then a query; the loss is that of the query alone. Seven digits are for training; tests are on
+the three others and on new images of the seven. `FakeSR`, the same network without modification of
+itself, cannot do it: it must be at chance.
+
+In the second experiment the labels change their meaning in the middle of the episode (each digit
+gets another label than before): accuracy by the number of examples seen since.
+
+Models have nearly the same number of parameters and one feature extractor. The learning rate of
+each is chosen from `RATES` by validation accuracy with a seed that is not tested, in the first
+experiment; the second takes it over. Intervals are Student's over seeds. Results are added to a
+file of JSON lines as they come, what is there is not run again; `--show` prints the tables.
+"""
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from harness import machine, table
+from lightning.pytorch import Trainer, seed_everything
+
+from datasets_zoo.experiments.episodes import Episodes
+from wspace.lit.hyper.fewshot import FewShot
+from wspace.lit.task import Optimization
+
+RATES, TUNING, SEEDS = (1e-3, 3e-3), 1000, (0, 1, 2)
+ARMS: dict[str, dict[str, Any]] = {
+    "srwm": {"width": 64, "feedforward": 128},
+    "fake_sr": {"width": 64, "feedforward": 128},
+    "delta_net": {"width": 64, "feedforward": 57},
+    "lstm": {"width": 55},
+}
+NAMES = {"srwm": "SRWM", "fake_sr": "Fake SR", "delta_net": "DeltaNet", "lstm": "LSTM"}
+PIXELS = "nearest neighbour of pixels"
+WAYS, SHOTS, BEFORE, AFTER = 3, 5, 3, 3
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def data_of(options: argparse.Namespace, kind: str, seed: int, switch: int = AFTER) -> Episodes:
+    data = Episodes(
+        options.data,
+        pool=2 if options.data == "mnist" else 1,
+        ways=WAYS,
+        shots=SHOTS if kind == "labels" else BEFORE,
+        switch=0 if kind == "labels" else switch,
+        batches=options.steps[kind] // options.epochs,
+        eval_batches=options.eval_batches,
+        seed=seed,
+    )
+    data.setup()
+    return data
+
+
+def trained(
+    options: argparse.Namespace, kind: str, arm: str, rate: float, seed: int
+) -> dict[str, Any]:
+    data = data_of(options, kind, seed)
+    seed_everything(seed, verbose=False)
+    image: Any = tuple(data.pools["train"].images.shape[1:])
+    optimization = Optimization(lr=rate, weight_decay=0.0)
+    model = FewShot(arm, ways=WAYS, image=image, optimization=optimization, **ARMS[arm])
+    trainer = Trainer(
+        max_epochs=options.epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        limit_val_batches=10,
+        num_sanity_val_steps=0,
+    )
+    start = time.thread_time()
+    trainer.fit(model, data)
+    seconds = time.thread_time() - start
+    row: dict[str, Any] = {
+        "kind": kind,
+        "arm": arm,
+        "rate": rate,
+        "seed": seed,
+        "steps": options.steps[kind],
+        "data": options.data,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "in_sequence_model": sum(p.numel() for p in model.model.parameters()),
+        "seconds": round(seconds, 1),
+        "val": float(trainer.callback_metrics["val/accuracy"]),
+    }
+    if kind == "labels":
+        found = trainer.test(model, data, verbose=False)[0]
+        row |= {k.removeprefix("test/accuracy_"): v for k, v in found.items() if "accuracy" in k}
+    else:
+        before = data_of(options, kind, seed, switch=0)
+        row |= recovery(model.eval(), data, before)
+    return row
+
+
+@torch.no_grad()
+def recovery(model: FewShot, data: Episodes, before: Episodes) -> dict[str, list[float]]:
+    """Accuracy after 0 … examples under the new labels; at 0 the old labels still hold."""
+    old = WAYS * BEFORE
+    out: dict[str, list[float]] = {}
+    for name, first in (("held_out", 0), ("seen", data.eval_batches)):
+        right = torch.zeros(WAYS * AFTER + 1)
+        for number in range(first, first + data.eval_batches):
+            for shown in range(len(right)):
+                e = (data if shown else before).batch("test", 0, number)
+                x, y = (torch.cat((t[:, : old + shown], t[:, -1:]), 1) for t in e[:2])
+                answer = model(x, y)[:, -1].argmax(-1)
+                right[shown] += (answer == e.target).float().mean() / data.eval_batches
+        out[name] = right.tolist()
+    return out
+
+
+def pixels(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The label of the nearest image shown: what needs no training at all."""
+    data = data_of(options, "labels", seed)
+    row: dict[str, Any] = {"kind": "labels", "arm": PIXELS, "seed": seed, "data": options.data}
+    row |= {"rate": 0.0, "steps": 0}
+    for name, first in (("held_out", 0), ("seen", data.eval_batches)):
+        right = []
+        for number in range(first, first + data.eval_batches):
+            e = data.batch("test", 0, number)
+            x = e.images.flatten(2)
+            near = torch.cdist(x[:, -1:], x[:, :-1])[:, 0].argmin(-1, keepdim=True)
+            right.append(float((e.labels.gather(1, near)[:, 0] == e.target).float().mean()))
+        row[name] = fmean(right)
+    return row
+
+
+class Results:
+    """Rows of a file of JSON lines."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.file = options, options.out
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        self.rows = [r for r in map(json.loads, lines) if r["data"] == options.data]
+
+    def find(self, kind: str, arm: str, rate: float, seed: int) -> dict[str, Any] | None:
+        steps = self.options.steps[kind] if rate else 0
+        key = (kind, arm, rate, seed, steps)
+        names = ("kind", "arm", "rate", "seed", "steps")
+        return next((r for r in self.rows if tuple(r[n] for n in names) == key), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+    def rate(self, arm: str) -> float | None:
+        """The tuned learning rate, where all were tried."""
+        found = {r: self.find("labels", arm, r, TUNING) for r in RATES}
+        if not all(found.values()):
+            return None
+        return max(RATES, key=lambda r: (found[r] or {})["val"])
+
+
+def run(options: argparse.Namespace) -> None:
+    results = Results(options)
+    for seed in SEEDS:
+        if results.find("labels", PIXELS, 0.0, seed) is None:
+            results.add(pixels(options, seed))
+    plan = [("labels", arm, rate, TUNING) for arm in ARMS for rate in RATES]
+    plan += [("labels", arm, None, seed) for seed in SEEDS for arm in ARMS]
+    plan += [("switch", arm, None, seed) for seed in SEEDS for arm in ARMS]
+    for kind, arm, fixed, seed in plan:
+        rate = results.rate(arm) if fixed is None else fixed
+        assert rate is not None
+        if kind in options.kinds and results.find(kind, arm, rate, seed) is None:
+            results.add(trained(options, kind, arm, rate, seed))
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % interval over seeds, in percent."""
+    values = [100 * v for v in values]
+    if len(values) < 2:
+        return f"{values[0]:.1f} (one seed)" if values else "not run"
+    half = STUDENT[len(values) - 1] * stdev(values) / sqrt(len(values))
+    return f"{fmean(values):.1f} ± {half:.1f}"
+
+
+def show(options: argparse.Namespace) -> None:
+    results = Results(options)
+    rows: list[list[object]] = []
+    for arm in (*ARMS, PIXELS):
+        rate = 0.0 if arm == PIXELS else results.rate(arm)
+        found = [results.find("labels", arm, rate, s) for s in SEEDS] if rate is not None else []
+        found = [f for f in found if f]
+        if not found:
+            continue
+        trained = [found[0]["in_sequence_model"], f"{rate:g}"] if rate else ["", ""]
+        seconds = f"{fmean(f['seconds'] for f in found):.0f}" if rate else ""
+        both = [interval([f[k] for f in found]) for k in ("held_out", "seen")]
+        rows.append([NAMES.get(arm, arm), *trained, *both, seconds, len(found)])
+    print(f"\n## {WAYS} labels, {SHOTS} shots, {options.steps['labels']} steps\n")
+    head = ["model", "parameters", "rate", "held-out digits, %", "seen digits, %", "s", "seeds"]
+    table(head, rows)
+    print(f"\n## Recovery after the labels changed, {options.steps['switch']} steps\n")
+    shots = [0, 1, 2, *(WAYS * n for n in range(1, AFTER + 1))]
+    for name in ("seen", "held_out"):
+        rows = []
+        for arm in ARMS:
+            rate = results.rate(arm) or -1.0
+            found = [f for s in SEEDS if (f := results.find("switch", arm, rate, s))]
+            if found:
+                cells = [interval([f[name][n] for f in found]) for n in shots]
+                rows.append([NAMES[arm], *cells, len(found)])
+        print(f"\n{name.replace('_', '-')} digits, % right after so many examples:\n")
+        table(["model", *map(str, shots), "seeds"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("hyper_srwm.jsonl"))
+    parser.add_argument("--data", default="mnist", help="mnist or digits (%(default)s)")
+    parser.add_argument("--kinds", nargs="*", default=["labels", "switch"])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--switch-steps", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--eval-batches", type=int, default=40, help="32 episodes each")
+    parser.add_argument("--show", action="store_true")
+    options = parser.parse_args()
+    options.steps = {"labels": options.steps, "switch": options.switch_steps}
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    print(machine(), flush=True)
+    if not options.show:
+        run(options)
+    show(options)
+
+
+if __name__ == "__main__":
+    main()
