@@ -11,7 +11,7 @@ from wspace.cli import main
 from wspace.io import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 INFOS = {"python", "text", "yaml", "shell", "bash", "json", ""}
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NET = """

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import wspace
 from wspace.errors import HyperError
-from wspace.hyper import FullHead, HyperNetwork, TaskEmbedding, call, pull_back
+from wspace.hyper import ChunkedHead, FullHead, HyperNetwork, TaskEmbedding, call, pull_back
 from wspace.hyper.target import parameters_of
 from wspace.space import Role
 from wspace.testing import TOLERANCE, assert_close, assert_same
@@ -389,16 +389,7 @@ def test_write_to_writes_all_or_nothing() -> None:
 
 
 def test_no_condition_takes_no_condition() -> None:
-    class Constant(FullHead):
-        def build(self, generator: torch.Generator | None) -> None:
-            self.width, width = 1, self.width
-            super().build(generator)
-            self.width = width
-
-        def make(self, e: Tensor) -> dict[str, Tensor]:
-            return super().make(torch.ones(1))
-
-    hyper = HyperNetwork(net(), None, Constant([4]))
+    hyper = HyperNetwork(net(), None, ChunkedHead(9, hidden=(4,)))
     assert hyper()["0.weight"].shape == (7, 3)
     with pytest.raises(HyperError, match="there is no condition"):
         hyper(0)

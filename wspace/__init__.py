@@ -7,6 +7,7 @@ changing its function, and run every weight-space method on that one description
 from wspace import align as align
 from wspace import augment as augment
 from wspace import errors as errors
+from wspace import hyper as hyper
 from wspace import nn as nn
 from wspace import nowcast as nowcast
 from wspace import prune as prune

@@ -1,9 +1,10 @@
-"""`wspace fit|validate|test|predict`: LightningCLI on zoos and tasks.
+"""`wspace fit|validate|test|predict`: LightningCLI on zoos and tasks, and on hypernetworks.
 
-The tasks are `wspace.lit.modules`, the data is always a `ZooDataModule`. The configuration that a
-run resolved to is saved with its logs, checkpoints are those of `wspace.lit.checkpoint`. A run's
-folder is ``runs/NAME/version_K``, NAME being the configuration file's, or where that is the one of
-an earlier run, that run's.
+The tasks are those of `wspace.lit.modules` on a `ZooDataModule`; or, where the configuration names
+the class of its data, those of `wspace.lit.hyper` on any Lightning data module. The configuration
+that a run resolved to is saved with its logs, checkpoints are those of `wspace.lit.checkpoint`. A
+run's folder is ``runs/NAME/version_K``, NAME being the configuration file's, or where that is the
+one of an earlier run, that run's.
 """
 
 import csv
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -30,6 +32,7 @@ from torch import Tensor
 from wspace.errors import WSpaceError, message
 from wspace.lit.checkpoint import Checkpoints, SafeCheckpoints
 from wspace.lit.data import ZooDataModule
+from wspace.lit.hyper.task import HyperTask
 from wspace.lit.predict import TASKS, in_order
 from wspace.lit.task import Task
 
@@ -73,21 +76,26 @@ class TrainingCLI(LightningCLI):
 
     Args:
         words: Command and options.
+        generates: True for hypernetworks, whose data is of a class that is named.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], *, generates: bool = False) -> None:
         self.words = list(words)
         self._folder: Path | None = None  # of this run, if it has one of its own
         super().__init__(
-            Task,
-            ZooDataModule,
+            HyperTask if generates else Task,
+            LightningDataModule if generates else ZooDataModule,
             subclass_mode_model=True,
+            subclass_mode_data=generates,
             save_config_callback=SaveConfigCallback,
             trainer_defaults=dict(DEFAULTS),
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "wspace", "description": "Train metanetworks on model zoos."},
+            parser_kwargs={
+                "prog": "wspace",
+                "description": "Train networks that read or make networks.",
+            },
             parser_class=Parser,
             args=self.words,
         )
@@ -172,7 +180,21 @@ class TrainingCLI(LightningCLI):
             sys.stdout.write(f"wrote {folder}\n" + (f"best {best}\n" if best else ""))
 
     def predict(self, **kwargs: Any) -> None:
-        """Predictions for all networks of the zoo, as ``predictions.csv`` in the run's folder."""
+        """Predictions for all networks of the zoo, as ``predictions.csv`` in the run's folder.
+
+        Args:
+            kwargs: What Lightning's ``predict`` takes.
+
+        Raises:
+            WSpaceError: If the task is a hypernetwork.
+        """
+        if not isinstance(self.model, Task):
+            raise WSpaceError(
+                message(
+                    f"predict: {type(self.model).__name__} says nothing of networks",
+                    help="`wspace hyper generate` writes the weights that it makes",
+                )
+            )
         outputs: Any = self.trainer.predict(**kwargs)
         world = self.trainer.world_size
         if world > 1:
@@ -249,6 +271,31 @@ def write_csv(path: Path, columns: dict[str, Tensor], rows: Tensor) -> None:
         out.writerows(zip(rows.tolist(), *flat.values(), strict=True))
 
 
+def names_data(words: Sequence[str]) -> bool:
+    """Whether the class of the data is named, on the command line or in a configuration.
+
+    Args:
+        words: Command and options.
+
+    Returns:
+        True for hypernetworks.
+    """
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    given = [w.split("=", 1) if "=" in w else [w, after] for w, after in pairs]
+    if any(w in {"--data", "--data.class_path"} for w, _ in given):
+        return True
+    for flag, file in given:
+        if flag in {"-c", "--config"} and Path(file).is_file():
+            try:
+                found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError):
+                return False  # the parser will say what is wrong
+            data: Any = found.get("data") if isinstance(found, dict) else None
+            if isinstance(data, dict) and "class_path" in data:
+                return True
+    return False
+
+
 def run(words: Sequence[str]) -> int:
     """Runs a command.
 
@@ -268,7 +315,7 @@ def run(words: Sequence[str]) -> int:
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         warnings.filterwarnings("ignore", "The .*_dataloader. does not have many workers")
         try:
-            TrainingCLI([*words])
+            TrainingCLI([*words], generates=names_data(words))
         except Exception as error:
             own = _own(error)
             if own is None:

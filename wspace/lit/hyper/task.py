@@ -1,6 +1,7 @@
 """`HyperTask`: what the Lightning modules of hypernetworks share: optimiser, monitored metric."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +21,14 @@ class HyperTask(LightningModule):
 
     Attributes:
         monitor: Quantity by which the best checkpoint is chosen, and ``"min"`` or ``"max"``.
+        resumes: Set by `wspace fit` if training goes on from a checkpoint.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
 
     def __init__(self, optimization: Optimization | None = None) -> None:
         super().__init__()
+        self.resumes = False
         self.optimization = optimization or Optimization(weight_decay=0.0)
 
     def configure_optimizers(self) -> Any:
@@ -48,6 +51,16 @@ class HyperTask(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what is needed to make the task again: its class and its options.
+
+        Args:
+            checkpoint: What Lightning writes.
+        """
+        options = {k: plain(v) for k, v in dict(self.hparams).items()}
+        checkpoint["wspace"] = {"task": type(self).__name__, "config": options}
+        checkpoint["hyper_parameters"] = options
+
     def log_all(self, values: Mapping[str, Any], stage: str, size: int) -> None:
         """Logs quantities as ``stage/name``: each step's in training, else the mean of an epoch.
 
@@ -58,3 +71,21 @@ class HyperTask(LightningModule):
         """
         named = {f"{stage}/{name}": value for name, value in values.items()}
         self.log_dict(named, batch_size=size, on_step=stage == "train", on_epoch=stage != "train")
+
+
+def plain(value: Any) -> Any:
+    """An option as JSON knows it: dataclasses and mappings as dicts, sequences as lists.
+
+    Args:
+        value: The option.
+
+    Returns:
+        Plain values.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
