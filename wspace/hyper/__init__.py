@@ -22,6 +22,7 @@ from wspace.hyper.heads.per_tensor import PerTensorHead as PerTensorHead
 from wspace.hyper.heads.recurrent import RecurrentHead as RecurrentHead
 from wspace.hyper.heads.tiled import TiledHead as TiledHead
 from wspace.hyper.hypernetwork import HyperNetwork as HyperNetwork
+from wspace.hyper.hypernetwork import coverage_of as coverage_of
 from wspace.hyper.initialize import initialize as initialize
 from wspace.hyper.losses import functional_loss as functional_loss
 from wspace.hyper.losses import orbit_loss as orbit_loss

@@ -5,6 +5,8 @@ and `activation_variance` measures what comes of it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import sqrt
 from typing import Literal, get_args
 
 import torch
@@ -56,7 +58,11 @@ def hyperfan_out(w: Weight) -> float:
 
 
 def hyperfan_harmonic(w: Weight) -> float:
-    """Harmonic mean of `hyperfan_in` and `hyperfan_out`; 0 where one of them is.
+    """Between the two: harmonic mean of their variances of a matrix, 2 / (1/a + 1/b).
+
+    The bias gets what is then left to keep the second moment of activations, as it does in both
+    other rules. (The harmonic mean of their biases' variances would be 0 wherever the fan-out rule
+    needs no bias, and activations would fade by 2/3 in every layer.)
 
     Args:
         w: A matrix, or a bias.
@@ -64,8 +70,9 @@ def hyperfan_harmonic(w: Weight) -> float:
     Returns:
         Variance of its entries.
     """
-    a, b = hyperfan_in(w), hyperfan_out(w)
-    return 2 / (1 / a + 1 / b) if a > 0 and b > 0 else 0.0
+    a, b = GAIN / ((2 if w.bias else 1) * w.fan_in), GAIN / w.fan_out
+    matrix = 2 / (1 / a + 1 / b)
+    return max(0.0, GAIN - w.fan_in * matrix) if w.role is Role.SHIFT else matrix
 
 
 _RULES: dict[str, Callable[[Weight], float]] = {
@@ -102,7 +109,17 @@ def _variance(w: Weight, rule: Callable[[Weight], float]) -> float:
 
 
 def centre(w: Weight) -> float:
-    """Value around which a weight without a base is made: 1 for scales, else 0."""
+    """Value around which a weight without a base is made.
+
+    Args:
+        w: The weight.
+
+    Returns:
+        1 for scales, 0 for all others but the lengths of a weight norm: these are what rows of the
+        variance of `hyperfan_in` have, whatever the scheme.
+    """
+    if w.spans:
+        return sqrt(w.spans * hyperfan_in(replace(w, role=Role.MATRIX)))
     return 1.0 if w.role is Role.SCALE else 0.0
 
 

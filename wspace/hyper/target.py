@@ -40,6 +40,9 @@ _NORMS = (
 )
 
 
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
 @dataclass(frozen=True)
 class Weight:
     """A tensor that is generated.
@@ -54,6 +57,8 @@ class Weight:
         layer: Qualified name of the module that owns it.
         ties: Its other names.
         dtype: Type of its entries.
+        axis: Dimension of its units: 0, but 1 in tables and transposed convolutions.
+        spans: For lengths of a weight norm, how many entries one is the length of; else 0.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Weight:
     layer: str = ""
     ties: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    axis: int = 0
+    spans: int = 0
 
     @property
     def numel(self) -> int:
@@ -116,6 +123,16 @@ class Found:
     names: tuple[str, ...]
     owner: nn.Module
     value: nn.Parameter
+
+    @property
+    def layer(self) -> str:
+        """Name of the module that it belongs to, which may compute its weights from it."""
+        return self.names[0].rpartition(".")[0].partition("parametrizations.")[0].removesuffix(".")
+
+    @property
+    def last(self) -> str:
+        """The last part of its first name."""
+        return self.names[0].rpartition(".")[2]
 
 
 def parameters_of(module: nn.Module) -> list[Found]:
@@ -225,69 +242,92 @@ def weights_of(
                 help="choose others with select=",
             )
         )
-    layers = {f.names[0]: f.names[0].rpartition(".") for f in found}
-    biases = {head for head, _, last in layers.values() if "bias" in last}
-    return tuple(_weight(f, biases, space) for f in found)
+    biases = {f.layer for f in found if "bias" in f.last}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    return tuple(_weight(f, modules[f.layer], biases, space) for f in found)
 
 
-def _weight(f: Found, biases: set[str], space: WeightSpace | None) -> Weight:
-    layer, _, last = f.names[0].rpartition(".")
-    role = _role(f, last) if space is None else space[f.names[0]].role
+def _weight(f: Found, layer: nn.Module, biases: set[str], space: WeightSpace | None) -> Weight:
+    role = _role(f, layer) if space is None else space[f.names[0]].role
     if role is Role.STATISTIC or (role is Role.OTHER and f.value.dim() >= 2):
-        role = _role(f, last)
-    fan_in, fan_out = _fans(f, last)
+        role = _role(f, layer)
+    turned = isinstance(layer, _TABLES) or getattr(layer, "transposed", False)
+    fan_in, fan_out = _fans(f, layer)
     return Weight(
         name=f.names[0],
         shape=tuple(f.value.shape),
         role=role,
         fan_in=fan_in,
         fan_out=fan_out,
-        bias=layer in biases,
-        layer=layer,
+        bias=f.layer in biases,
+        layer=f.layer,
         ties=f.names[1:],
         dtype=f.value.dtype,
+        axis=1 if turned and f.value.dim() >= 2 else 0,
+        spans=_spans(f),
     )
 
 
-def _role(f: Found, last: str) -> Role:
-    if isinstance(f.owner, nn.Embedding | nn.EmbeddingBag):
-        return Role.TABLE
-    if "bias" in last:
-        return Role.SHIFT
-    if isinstance(f.owner, _NORMS):
+def _role(f: Found, layer: nn.Module) -> Role:
+    if _spans(f):
         return Role.SCALE
-    if _normed(f.owner):
-        return Role.SCALE if last == "original0" else Role.MATRIX
+    if isinstance(layer, _TABLES):
+        return Role.TABLE
+    if "bias" in f.last:
+        return Role.SHIFT
+    if isinstance(layer, _NORMS):
+        return Role.SCALE
     return Role.MATRIX if f.value.dim() >= 2 else Role.OTHER
 
 
-def _normed(owner: nn.Module) -> bool:
-    """Whether a module holds the two tensors of a weight norm: lengths first, then directions."""
-    if not isinstance(owner, nn.utils.parametrize.ParametrizationList):
-        return False
-    return type(owner[0]).__name__ == "_WeightNorm"
+def _spans(f: Found) -> int:
+    """Entries that one entry of a parameter is the length of, if it is one of a weight norm."""
+    inner = f.owner
+    if f.last != "original0" or not isinstance(inner, nn.utils.parametrize.ParametrizationList):
+        return 0
+    if type(inner[0]).__name__ != "_WeightNorm":
+        return 0
+    return inner.get_parameter("original1").numel() // max(1, f.value.numel())
 
 
-def _fans(f: Found, last: str) -> tuple[int, int]:
-    """Fan-in and fan-out of the layer that owns a parameter; of itself if that is not known."""
-    matrix = f.value
-    if matrix.dim() < 2 or "bias" in last:
-        others = [p for p in f.owner.parameters(recurse=False) if p.dim() >= 2]
-        matching = [p for p in others if p.shape[0] == matrix.numel()] or others
-        if not matching:
-            return (1, 1) if isinstance(f.owner, _NORMS) else (max(1, matrix.numel()), 1)
-        matrix = matching[-1]
+def _fans(f: Found, layer: nn.Module) -> tuple[int, int]:
+    """Fan-in and fan-out of the layer that a parameter belongs to; (1, 1) if it has no matrix."""
+    matrix = _matrix(f, layer)
+    if matrix is None:
+        return 1, 1
     shape = list(matrix.shape)
-    if isinstance(f.owner, nn.Embedding | nn.EmbeddingBag):
+    if isinstance(layer, _TABLES):
         return 1, shape[1]
     taps = prod(shape[2:])
-    if getattr(f.owner, "transposed", False):  # (in, out / groups, taps)
-        groups = cast(int, cast(Any, f.owner).groups)
-        return max(1, shape[0] * taps // groups), shape[1] * taps
-    groups = getattr(f.owner, "groups", 1) if taps != 1 or len(shape) > 2 else 1
-    packed = next((k for kind, k in _PACKED if isinstance(f.owner, kind)), 1)
+    if getattr(layer, "transposed", False):  # (in, out / groups, taps); strides leave out taps
+        conv = cast(Any, layer)
+        return max(1, shape[0] * taps // (conv.groups * prod(conv.stride))), shape[1] * taps
+    groups = getattr(layer, "groups", 1) if len(shape) > 2 else 1
+    packed = next((k for kind, k in _PACKED if isinstance(layer, kind)), 1)
     packed = packed if shape[0] % packed == 0 else 1
     return prod(shape[1:]), max(1, shape[0] * taps // (packed * int(groups)))
+
+
+def _matrix(f: Found, layer: nn.Module) -> Tensor | None:
+    """The matrix of a parameter's layer that it goes with: itself if it is one."""
+    if f.value.dim() >= 2 and "bias" not in f.last and not _spans(f):
+        return f.value
+    if isinstance(layer, _NORMS):
+        return None
+    inside = "parametrizations."
+    own = {
+        n.removeprefix(inside).partition(".")[0]: p  # of several originals the last: directions
+        for n, p in layer.named_parameters()
+        if p.dim() >= 2 and (n.startswith(inside) or "." not in n)
+    }
+    name = f.names[0].removeprefix(f.layer).removeprefix(".").removeprefix(inside)
+    partner = name.partition(".")[0].replace("bias", "weight")
+    rows = f.value.numel()
+    return own.get(partner) if partner in own else _first(p for p in own.values() if len(p) == rows)
+
+
+def _first(found: Iterable[Tensor]) -> Tensor | None:
+    return next(iter(found), None)
 
 
 def skeleton(module: nn.Module, weights: Sequence[Weight], shared: set[str]) -> nn.Module:

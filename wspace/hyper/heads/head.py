@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from wspace.errors import HyperError, message
 from wspace.hyper.target import Weight
 
-SAMPLES = 64
-"""Vectors of normal entries with which a head's variances are measured."""
+SAMPLES = 256
+"""Vectors of normal entries with which a head's variances are measured; fewer for large targets."""
+AT_ONCE = 2**22
+"""Entries that are made at once while variances are measured."""
 
 
 class Head(nn.Module):
@@ -85,14 +87,17 @@ class Head(nn.Module):
             variances: Second moment of the entries of every weight, by name.
             generator: Source of randomness.
         """
-        like = self.gains
-        e = torch.randn(SAMPLES, self.width, generator=generator, dtype=like.dtype)
         with torch.no_grad():
-            made = self.make(e.to(like.device) if self.width else e[0].to(like.device))
-            for k, w in enumerate(self.weights):
-                moment = made[w.name].square().mean()
-                gain = sqrt(variances[w.name]) / moment.sqrt()
-                self.gains[k] = gain if moment > 0 else 1.0
+            vectors = normal_vectors(self, self.width, generator)
+            total = vectors.new_zeros(len(self.weights))
+            for e in vectors.split(max(1, AT_ONCE // self.numel)) if self.width else [vectors]:
+                made = self.make(e)
+                moments = [made[w.name].square().mean() for w in self.weights]
+                total += torch.stack(moments) * (len(e) if self.width else 1)
+            wanted = torch.tensor([variances[w.name] for w in self.weights]).to(total)
+            moment = total / (len(vectors) if self.width else 1)
+            gains = torch.where(moment > 0, (wanted / moment).sqrt(), 1.0)
+            self.gains.copy_(gains)
 
     def silence(self) -> None:
         """Sets the last map to zero, so that nothing is made until it is trained."""
@@ -172,6 +177,23 @@ class Head(nn.Module):
     def extra_repr(self) -> str:
         """How much is made."""
         return f"{len(self.weights)} weights, {self.numel:,} entries" if self.weights else "unbound"
+
+
+def normal_vectors(head: Head, width: int, generator: torch.Generator | None) -> Tensor:
+    """Vectors as a condition gives them at initialisation.
+
+    Args:
+        head: A bound head.
+        width: Length of the vectors.
+        generator: Source of randomness.
+
+    Returns:
+        ``(n, width)`` with normal entries of variance 1; ``(0,)`` for no width.
+    """
+    if not width:
+        return head.gains[:0]
+    n = max(8, min(SAMPLES, 16 * AT_ONCE // head.numel))
+    return torch.randn(n, width, generator=generator).to(head.gains)
 
 
 def split(flat: Tensor, weights: Sequence[Weight]) -> dict[str, Tensor]:
