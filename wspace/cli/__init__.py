@@ -1,4 +1,4 @@
-"""The command `wspace`: inspect, verify, convert, align, merge, prune, nowcast, zoos, a demo.
+"""The command `wspace`: models, their symmetry, and all that is made of it.
 
 Exit codes: 0 done, 1 a claim did not hold, 2 wrong use or bad input, 130 interrupted.
 """
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from wspace.cli.align import align, align_options
 from wspace.cli.convert import convert
+from wspace.cli.hyper import hyper_options
 from wspace.cli.inspect import inspect
 from wspace.cli.interpolate import interpolate, interpolate_options
 from wspace.cli.merge import merge, merge_options
@@ -44,6 +45,7 @@ EXAMPLES = """examples:
   wspace nowcast runs/mine --horizon 10 --out ahead.safetensors
   wspace fit --config configs/inr_classification_gmn.yaml --data.path zoos/mnist
   wspace predict --ckpt last.safetensors model.safetensors
+  wspace hyper show hf:gpt2/config.json --select "*.mlp.*"
   wspace zoo build digits zoos/digits      train a zoo of small networks
   wspace demo                              see it all at work; writes demo/report.html
 
@@ -147,6 +149,7 @@ def parser() -> Parser:
         command(name, train, help)
     _predict_options(command("predict", predict, "ask a trained metanet about networks"))
     zoo_options(command("zoo", _no_command, "build, show, prove and split model zoos"))
+    hyper_options(command("hyper", _no_command, "show and write what hypernetworks generate"))
     it = command("trace", _trace, "show what the tracer knows")
     it.add_argument("--ops", action="store_true", required=True, help="list operators with a rule")
     return top

@@ -84,15 +84,7 @@ class HyperNetwork(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        chosen = selected(target, select, "select")
-        if select == "*":  # all that can be; others are shared
-            real = {f.names[0] for f in parameters_of(target) if f.value.is_floating_point()}
-            chosen &= real
-        if not chosen:
-            raise HyperError(
-                message("hypernetwork: no parameter to generate", help="choose some with select=")
-            )
-        shared = set[str]() if share is None else selected(target, share, "share") - chosen
+        chosen, shared = _chosen(target, select, share)
         self.weights = weights_of(target, chosen, space)
         values = _values(target, self.weights, base)
         _check(head, init, values)
@@ -336,6 +328,36 @@ def _check(head: Head, init: str, values: list[Tensor] | None) -> None:
             message(f"hypernetwork: {what} changes values that are there", expected="a base",
                     got="base=None", help='base="frozen" or base="trained"')
         )  # fmt: skip
+
+
+def coverage_of(target: nn.Module, select: Select = "*", share: Select | None = "*") -> Coverage:
+    """What a hypernetwork would generate, share and leave alone; nothing is made.
+
+    Args:
+        target: The module; it may be on the meta device.
+        select: Parameters that are generated.
+        share: Of the rest, parameters that are trained; None for none.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        HyperError: If a pattern chooses nothing.
+    """
+    chosen, shared = _chosen(target, select, share)
+    return _coverage(target, weights_of(target, chosen), shared)
+
+
+def _chosen(target: nn.Module, select: Select, share: Select | None) -> tuple[set[str], set[str]]:
+    """First names of generated and of shared parameters."""
+    chosen = selected(target, select, "select")
+    if select == "*":  # all that can be; others are shared
+        chosen &= {f.names[0] for f in parameters_of(target) if f.value.is_floating_point()}
+    if not chosen:
+        raise HyperError(
+            message("hypernetwork: no parameter to generate", help="choose some with select=")
+        )
+    return chosen, set[str]() if share is None else selected(target, share, "share") - chosen
 
 
 def _coverage(target: nn.Module, weights: tuple[Weight, ...], shared: set[str]) -> Coverage:
