@@ -29,21 +29,21 @@ from datasets_zoo.experiments.split import SplitTasks
 from wspace.lit.hyper.continual import Continual
 
 TUNING_SEED = 1000
-CHUNKED = {"chunk": 8000, "hidden": [10, 10], "width": 32}
-RECURRENT = {"chunk": 8000, "hidden": 10, "width": 32}
+CHUNKED = {"chunk": 8000, "hidden": [10, 10], "embedding": 32}
+RECURRENT = {"chunk": 8000, "hidden": 9, "embedding": 32}
 ARMS: dict[str, dict[str, Any]] = {
-    "chunked": {"method": "chunked", "head_options": CHUNKED},
+    "chunked": {"method": "chunked", "head_options": CHUNKED, "targets": "stored"},
     "chunked, lookahead": {"method": "chunked", "head_options": CHUNKED, "ahead": True},
     "no penalty": {"method": "finetune", "head_options": CHUNKED},
-    "EWC": {"method": "ewc", "ewc": 1e4},
-    "EWC, online": {"method": "ewc", "ewc": 1e4, "online": True},
+    "EWC": {"method": "ewc", "ewc": 1e3},
+    "EWC, online": {"method": "ewc", "ewc": 1e3, "online": True},
     "plain, no penalty": {"method": "ewc", "ewc": 0.0},
     "joint": {"method": "joint"},
-    "recurrent": {"method": "recurrent", "head_options": RECURRENT},
+    "recurrent": {"method": "recurrent", "head_options": RECURRENT, "targets": "stored"},
     "recurrent, states": {"method": "recurrent", "head_options": RECURRENT, "penalty": "states"},
     "recurrent, EWC": {"method": "recurrent", "head_options": RECURRENT, "penalty": "ewc"},
 }
-BETAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+BETAS = (0.1, 1.0, 10.0, 100.0)
 LAMBDAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
 

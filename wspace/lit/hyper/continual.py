@@ -262,7 +262,6 @@ class Continual(HyperTask):
             batch: Images, labels and their task.
             batch_idx: Number of the batch.
         """
-        del batch_idx
         x, y, task = batch[0], batch[1], int(batch[2])
         if self.method != "joint" and task != self.task:
             self.change(task)
@@ -284,9 +283,10 @@ class Continual(HyperTask):
         if total.requires_grad:
             self.manual_backward(total)
         optimizer.step()
-        shown = {"loss": loss.detach()}
-        shown |= {} if penalty is None else {"penalty": penalty.detach()}
-        self.log_all(shown, "train", len(y))
+        if (batch_idx + 1) % cast(Any, self.trainer).log_every_n_steps == 0:  # it takes its time
+            shown = {"loss": loss.detach()}
+            shown |= {} if penalty is None else {"penalty": penalty.detach()}
+            self.log_all(shown, "train", len(y))
 
     def _penalty(self, shift: Mapping[str, Tensor] | None) -> Tensor | None:
         if not self.done:
