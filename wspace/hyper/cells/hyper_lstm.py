@@ -142,9 +142,8 @@ class HyperLSTMCell(RecurrentCell[HyperState]):
         self.scale.zero_()
         self.scale[:2] = START / nz
         if self.noise and nz > 1:
-            drawn = torch.randn(2, GATES, h, nz, generator=generator)
-            drawn = self.noise * (drawn - drawn.mean(-1, keepdim=True))
-            self.scale[:2] += drawn.to(self.scale)
+            drawn = torch.randn(2, GATES, h, nz, generator=generator).to(self.scale)
+            self.scale[:2] += self.noise * (drawn - drawn.mean(-1, keepdim=True))
 
     def widths(self) -> tuple[int, ...]:
         """Lengths of the parts of a state."""
