@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import wspace
 from wspace.demo.aligning import align_zoo
+from wspace.demo.generating import generate
 from wspace.demo.nowcasting import nowcast
 from wspace.demo.pruning import prune_network
 from wspace.demo.zoo import ask, build_zoo, train_metanets
@@ -370,6 +371,7 @@ STEPS: tuple[tuple[str, Callable[[Stage], None]], ...] = (
     ("A transformer as a graph", _transformer),
     ("Prune it, and train what is left", prune_network),
     ("Nowcast a training run", nowcast),
+    ("Generate a network for each task", generate),
     ("Build a zoo of classifiers", build_zoo),
     ("Align networks of the zoo", align_zoo),
     ("Train networks on weights", train_metanets),

@@ -10,6 +10,7 @@ from wspace.report.models import plot_models
 from wspace.report.page import Report
 from wspace.report.pruning import plot_pruning
 from wspace.report.space import plot_space
+from wspace.report.tasks import plot_tasks
 from wspace.report.units import plot_units
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "plot_models",
     "plot_pruning",
     "plot_space",
+    "plot_tasks",
     "plot_units",
 ]
