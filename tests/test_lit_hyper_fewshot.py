@@ -140,6 +140,7 @@ def test_fake_is_at_chance_unless_labels_stay() -> None:
     assert fitted("fake_sr", permute=False, epochs=4)["test/accuracy_seen"] > 0.5
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 with jsonargparse 4.53
 def test_configuration_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fit"])  # Lightning warns of words of the process
     content = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))

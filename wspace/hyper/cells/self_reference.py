@@ -205,7 +205,7 @@ def _blocks(d: int, device: torch.device) -> Tensor:
 class _Fused(torch.autograd.Function):
     """`_stepwise` with its gradient written out.
 
-    Keeps the matrix before every step, in one tensor; all products of a step are batched.
+    Keeps the matrix before every step; all products of a step are batched.
     """
 
     @staticmethod
@@ -213,38 +213,35 @@ class _Fused(torch.autograd.Function):
         steps, n, d = x.shape
         block = _blocks(d, x.device)
         grad = any(ctx.needs_input_grad)
-        known = w.new_empty(steps + 1 if grad else 2, *w.shape)
-        known[0] = w
+        known: list[Tensor] = []  # in one tensor they would be fresh pages of memory in every call
         outputs = x.new_empty(steps, n, w.shape[1])
         keys, moves, changes = (x.new_empty(steps, n, s) for s in (d, d, w.shape[1]))
         for t in range(steps):
-            now = known[t if grad else t % 2]
-            torch.bmm(x[t, :, None], now.mT, out=outputs[t, :, None])
+            known += [w] if grad else []
+            torch.bmm(x[t, :, None], w.mT, out=outputs[t, :, None])
             ahead = outputs[t, :, d : 3 * d].unflatten(1, (2, d)).softmax(-1)
             keys[t] = ahead[:, 1]
             torch.sub(ahead[:, 0], ahead[:, 1], out=moves[t])
-            torch.bmm(moves[t, :, None], now.mT, out=changes[t, :, None])
+            torch.bmm(moves[t, :, None], w.mT, out=changes[t, :, None])
             scaled = outputs[t, :, 3 * d :].sigmoid()[:, block] * changes[t]
-            after = known[t + 1 if grad else (t + 1) % 2]
-            torch.addcmul(now, scaled[:, :, None], keys[t, :, None], out=after)
+            w = torch.addcmul(w, scaled[:, :, None], keys[t, :, None])
         if grad:
-            ctx.save_for_backward(x, known, outputs, keys, moves, changes)
-        last = known[-1] if grad else known[steps % 2]
-        return outputs[..., :d].clone(), last.clone()
+            ctx.save_for_backward(x, outputs, keys, moves, changes, *known)
+        return outputs[..., :d].clone(), w
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Any
     ) -> tuple[Tensor, Tensor]:
-        x, known, outputs, keys, moves, changes = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        x, outputs, keys, moves, changes, *known = cast(tuple[Tensor, ...], ctx.saved_tensors)
         steps, n, d = x.shape
         block = _blocks(d, x.device)
         rates = outputs[..., 3 * d :].sigmoid()
         slope = rates * (1 - rates)
         dy, dw = grads[0], grads[1].clone()
         dx = torch.empty_like(x)
-        pair = x.new_empty(n, 2, known.shape[2])  # gradients of the two products with the matrix
+        pair = x.new_empty(n, 2, outputs.shape[2])  # gradients of the two products with the matrix
         for t in reversed(range(steps)):
             w, rate = known[t], rates[t][:, block]
             c, e = keys[t], changes[t]
