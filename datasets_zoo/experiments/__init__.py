@@ -1,1 +1,7 @@
 """Data of the experiments in `configs/hyper`, as Lightning data modules."""
+
+from datasets_zoo.experiments.clients import Clients as Clients
+from datasets_zoo.experiments.episodes import Episodes as Episodes
+from datasets_zoo.experiments.images import ImageData as ImageData
+from datasets_zoo.experiments.split import SplitTasks as SplitTasks
+from datasets_zoo.experiments.text import TextData as TextData

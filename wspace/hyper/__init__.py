@@ -6,6 +6,10 @@ takes it. Systems built of it have modules of their own.
 """
 
 from wspace.hyper.call import call as call
+from wspace.hyper.cells.fast_weights import FastWeightModel as FastWeightModel
+from wspace.hyper.cells.self_reference import SRWM as SRWM
+from wspace.hyper.cells.self_reference import DeltaNet as DeltaNet
+from wspace.hyper.cells.self_reference import FakeSR as FakeSR
 from wspace.hyper.condition import GraphCondition as GraphCondition
 from wspace.hyper.condition import Hyperparameters as Hyperparameters
 from wspace.hyper.condition import Noise as Noise
