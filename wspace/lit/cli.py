@@ -45,6 +45,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """What differs from Lightning's own defaults."""
 
+CLIP = "gradient_clip_val"
+"""A default for metanets alone: hypernetworks that step by themselves refuse it."""
+
 BEGUN = {"config.yaml", "hparams.yaml"}
 """Files that a run writes before its first step."""
 
@@ -88,7 +91,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=generates,
             save_config_callback=SaveConfigCallback,
-            trainer_defaults=dict(DEFAULTS),
+            trainer_defaults={k: v for k, v in DEFAULTS.items() if not (generates and k == CLIP)},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

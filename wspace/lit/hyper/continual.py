@@ -7,6 +7,7 @@ tasks at once.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -193,6 +194,8 @@ class Continual(HyperTask):
             if self.hyper is not None and not self.first:
                 made = self.hyper.generate(self.done[0])
                 self.first = {name: x.detach().clone() for name, x in made.items()}
+            if self.hyper is not None:
+                cast(TaskEmbedding, self.hyper.condition).freeze(self.task)
             self.statistics.reset()
             cast(Any, self.optimizers()).optimizer.state.clear()
         self.task, self._recent = task, []
@@ -370,8 +373,13 @@ class Continual(HyperTask):
 
     # ------------------------------------------------------------ checkpoints
 
+    def with_state_of(self, cond: int | None) -> AbstractContextManager[None]:
+        """The statistics of BatchNorm that a task was done with."""
+        return nullcontext() if cond is None else self.statistics.of(cond)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is remembered of earlier tasks."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["continual"] = {
             "task": self.task,
             "done": self.done,
@@ -384,8 +392,10 @@ class Continual(HyperTask):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back what `on_save_checkpoint` added."""
-        found = checkpoint["continual"]
+        """Takes back what `on_save_checkpoint` added; of weights alone there is nothing to take."""
+        found = checkpoint.get("continual")
+        if found is None:
+            return
         self.task, self.done, self.matrix = found["task"], list(found["done"]), found["matrix"]
         self.needed, self.first = found["needed"], found["first"]
         self.statistics.kept = found["statistics"]

@@ -11,7 +11,7 @@ import wspace.lit.hyper
 from wspace.action import State
 from wspace.errors import CheckpointError, HyperError, WSpaceError, message
 from wspace.hyper import HyperNetwork
-from wspace.lit.checkpoint import read
+from wspace.lit.checkpoint import SafeCheckpoints
 from wspace.lit.hyper.task import HyperTask
 from wspace.lit.task import Optimization
 
@@ -41,8 +41,8 @@ def load_hyper(path: str | Path) -> HyperTask:
         CheckpointError: If the file is damaged or something else, or the weights do not fit.
         WSpaceError: If the task cannot be made of its options.
     """
-    header, tensors = read(path)
-    found = header.get("wspace")
+    checkpoint = SafeCheckpoints().load_checkpoint(path)
+    found = checkpoint.get("wspace")
     found = found if isinstance(found, dict) else {}
     known = tasks()
     kind = known.get(str(found.get("task")))
@@ -61,7 +61,7 @@ def load_hyper(path: str | Path) -> HyperTask:
         if isinstance(options.get("optimization"), dict):
             options["optimization"] = _optimization(options["optimization"])
         task = kind(**options)
-        task.on_load_checkpoint({"state_dict": tensors, **header})
+        task.on_load_checkpoint(checkpoint)
     except WSpaceError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -69,7 +69,7 @@ def load_hyper(path: str | Path) -> HyperTask:
             message(f"checkpoint: the header of {path} is damaged", got=repr(error))
         ) from error
     try:
-        task.load_state_dict(tensors)
+        task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         lines = str(error).splitlines()[1:5]
         raise CheckpointError(
@@ -138,7 +138,8 @@ def generate(task: HyperTask, cond: int | None = None) -> State:
             )
         )  # fmt: skip
     where: Tensor | None = None if cond is None else torch.tensor(cond)
-    return hyper.cache(where)
+    with task.with_state_of(cond):
+        return hyper.cache(where)
 
 
 def _conditions(hyper: HyperNetwork) -> int | None:

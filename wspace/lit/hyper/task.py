@@ -1,6 +1,7 @@
 """`HyperTask`: what the Lightning modules of hypernetworks share: optimiser, monitored metric."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +51,18 @@ class HyperTask(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def with_state_of(self, cond: int | None) -> AbstractContextManager[None]:
+        """A context in which buffers are those that belong to a condition; here they are anyway.
+
+        Args:
+            cond: Number of a task or client; None if there is no condition.
+
+        Returns:
+            The context.
+        """
+        del cond
+        return nullcontext()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is needed to make the task again: its class and its options.
