@@ -48,7 +48,7 @@ def _vector(x: Tensor, width: int) -> Tensor:
 
 
 class TaskEmbedding(nn.Module):
-    """A learned vector for each of several tasks.
+    """A learned vector for each of several tasks; at first in random directions, all of one length.
 
     Args:
         count: Number of tasks.
@@ -75,7 +75,7 @@ class TaskEmbedding(nn.Module):
     def __init__(self, count: int, width: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.width = width
-        self.table = nn.Parameter(torch.randn(count, width, generator=generator))
+        self.table = nn.Parameter(_directions(count, width, generator))
         self.register_buffer("kept", torch.zeros(count, width))
         self.register_buffer("frozen", torch.zeros(count, dtype=torch.bool))
 
@@ -135,7 +135,7 @@ class TaskEmbedding(nn.Module):
         """
         old = self.vectors().detach()
         if near is None:
-            new = torch.randn(count, self.width, generator=generator).to(old)
+            new = _directions(count, self.width, generator).to(old)
         else:
             numbers = self._near(near, count)
             new = old[numbers]
@@ -198,6 +198,12 @@ class TaskEmbedding(nn.Module):
                 )
             )
         return numbers
+
+
+def _directions(count: int, width: int, generator: torch.Generator | None) -> Tensor:
+    """Random vectors ``(count, width)`` whose entries have second moment 1, in each of them."""
+    drawn = torch.randn(count, width, generator=generator)
+    return drawn * (sqrt(width) / drawn.norm(dim=-1, keepdim=True))
 
 
 Distribution = Literal["normal", "uniform", "sign"]

@@ -7,14 +7,19 @@ and `activation_variance` measures what comes of it.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import sqrt
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
 
 from wspace.errors import HyperError, message
 from wspace.hyper.heads.head import Head
 from wspace.hyper.target import Weight
+from wspace.restore import buffers_of, put_back
 from wspace.space import Role
+
+if TYPE_CHECKING:
+    from wspace.hyper.hypernetwork import HyperNetwork
 
 Scheme = Literal["hyperfan_in", "hyperfan_out", "hyperfan_harmonic", "residual", "bias", "default"]
 
@@ -144,3 +149,41 @@ def initialize(head: Head, scheme: Scheme, *, generator: torch.Generator | None 
     head.reset(variances(head.weights, "residual" if scheme == "bias" else scheme), generator)
     if scheme == "bias":
         head.silence()
+
+
+@torch.no_grad()
+def activation_variance(hyper: "HyperNetwork", cond: Any, *args: Any) -> dict[str, Tensor]:
+    """Second moment of what every layer of the target answers, with generated weights.
+
+    Args:
+        hyper: The hypernetwork; buffers of its target stay as they are.
+        cond: What is conditioned on.
+        args: Inputs of the target, the same for all networks.
+
+    Returns:
+        For every module without parts, by name in the order of their calls: ``(networks,)``, or
+        ``()`` without a batch of conditions. Several calls of one module are averaged.
+    """
+    made = hyper.generate(cond)
+    first = hyper.weights[0]
+    batch = made[first.name].shape[: made[first.name].dim() - len(first.shape)]
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, out: Any) -> None:
+            x = out[0] if isinstance(out, tuple) else out
+            if isinstance(x, Tensor) and x.is_floating_point():
+                seen.setdefault(name, []).append(x.square().mean())
+
+        return hook
+
+    leaves = [(n, m) for n, m in hyper.target.named_modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(watch(n)) for n, m in leaves]
+    before = buffers_of(hyper.target)
+    try:
+        hyper.run_with(made, *args, inputs="shared", method="loop")
+    finally:
+        put_back(before)
+        for h in hooks:
+            h.remove()
+    return {n: torch.stack(x).reshape(*batch, -1).mean(-1) for n, x in seen.items()}

@@ -1,6 +1,6 @@
 """`ChunkedHead`: all weights in a row, cut into chunks that one small generator makes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wspace.errors import HyperError, message
-from wspace.hyper.heads.head import Head, linear, perceptron, split
+from wspace.hyper.heads.head import (
+    Head,
+    linear,
+    normal_vectors,
+    perceptron,
+    set_apart,
+    split,
+)
+
+PARTS = 512
+"""Chunks that are looked at to set them apart."""
 
 
 class ChunkedHead(Head):
@@ -94,12 +104,36 @@ class ChunkedHead(Head):
         Returns:
             Their entries, ``(*batch, n, chunk)``.
         """
+        return self.last(self.seen(e, chunks))
+
+    def seen(self, e: Tensor, chunks: Tensor) -> Tensor:
+        """What the last map sees.
+
+        Args:
+            e: Vectors, ``(*batch, width)``.
+            chunks: Vectors of chunks, ``(n, embedding)``.
+
+        Returns:
+            ``(*batch, n, hidden)``.
+        """
         batch = e.shape[:-1]
         there = chunks.expand(*batch, *chunks.shape)
         if self.width:
             e = e[..., None, :].expand(*batch, len(chunks), self.width)
             there = torch.cat([e, there], -1)
-        return self.last(self.trunk(there))
+        return self.trunk(there)
+
+    def reset(self, variances: Mapping[str, float], generator: torch.Generator | None) -> None:
+        """Sets chunks apart from each other, and gains so that variances are as given.
+
+        Args:
+            variances: Second moment of the entries of every weight, by name.
+            generator: Source of randomness.
+        """
+        some = self.chunks[:PARTS]
+        with torch.no_grad():
+            set_apart(self.last, self.seen(normal_vectors(self, self.width, generator)[:64], some))
+        super().reset(variances, generator)
 
     def silence(self) -> None:
         """Sets the last map to zero."""

@@ -1,15 +1,15 @@
 """`ComponentHead`: one generator for all tensors, or rows, of a kind, told apart by a vector."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from wspace.errors import HyperError, message
-from wspace.hyper.heads.head import Head, linear, perceptron
+from wspace.hyper.heads.head import Head, linear, normal_vectors, perceptron, set_apart
 from wspace.hyper.target import Weight
 
 By = Literal["shape", "role", "row"]
@@ -79,14 +79,8 @@ class ComponentHead(Head):
         Returns:
             By name, ``(*batch, *shape)``.
         """
-        batch = e.shape[:-1]
-        there = self.vectors.expand(*batch, *self.vectors.shape)
-        if self.width:
-            e = e[..., None, :].expand(*batch, len(self.vectors), self.width)
-            there = torch.cat([e, there], -1)
-        parts = self.trunk(there).split([sum(f.counts) for f in self.families], -2)
         found: dict[str, Tensor] = {}
-        for family, last, h in zip(self.families, self.last, parts, strict=True):
+        for family, last, h in zip(self.families, self.last, self.seen(e), strict=True):
             made = last(h).split(family.counts, -2)
             for w, x in zip(family.weights, made, strict=True):
                 found[w.name] = self._placed(x, w, family)
@@ -99,6 +93,36 @@ class ComponentHead(Head):
             return x.reshape(*batch, *w.shape)
         corner = tuple(slice(n) for n in w.shape)
         return x.reshape(*batch, *family.shape)[(..., *corner)]
+
+    def seen(self, e: Tensor) -> Sequence[Tensor]:
+        """What the last map of every family sees.
+
+        Args:
+            e: Vectors, ``(*batch, width)``.
+
+        Returns:
+            For every family ``(*batch, components, hidden)``.
+        """
+        batch = e.shape[:-1]
+        there = self.vectors.expand(*batch, *self.vectors.shape)
+        if self.width:
+            e = e[..., None, :].expand(*batch, len(self.vectors), self.width)
+            there = torch.cat([e, there], -1)
+        return self.trunk(there).split([sum(f.counts) for f in self.families], -2)
+
+    def reset(self, variances: Mapping[str, float], generator: torch.Generator | None) -> None:
+        """Sets rows apart from each other, and gains so that variances are as given.
+
+        Args:
+            variances: Second moment of the entries of every weight, by name.
+            generator: Source of randomness.
+        """
+        if self.by == "row":
+            with torch.no_grad():
+                parts = self.seen(normal_vectors(self, self.width, generator)[:64])
+            for last, seen in zip(self.last, parts, strict=True):
+                set_apart(cast(nn.Linear, last), seen)
+        super().reset(variances, generator)
 
     def silence(self) -> None:
         """Sets the last maps to zero."""

@@ -196,6 +196,28 @@ def normal_vectors(head: Head, width: int, generator: torch.Generator | None) ->
     return torch.randn(n, width, generator=generator).to(head.gains)
 
 
+def set_apart(last: nn.Linear, seen: Tensor, energy: float = 0.95) -> None:
+    """Turns the rows of a last map away from what it sees alike in all parts of one target.
+
+    Parts (chunks, rows) that one map makes from similar vectors are similar. The sums of a unit's
+    weights over several of them would then vary far more than those of independent weights, and
+    units whose rows are alike would die together.
+
+    Args:
+        last: The map; its rows lose the directions of the means over parts.
+        seen: What it sees, ``(conditions, parts, n)``.
+        energy: Share of the means' square that is taken away, with at most half of the directions.
+    """
+    if seen.shape[-2] < 2:
+        return
+    with torch.no_grad():
+        _, sizes, directions = torch.linalg.svd(seen.mean(-2), full_matrices=False)
+        shares = sizes.square().cumsum(0) / sizes.square().sum()
+        rank = min(int((shares < energy).sum()) + 1, seen.shape[-1] // 2)
+        gone = directions[:rank]
+        last.weight.sub_(last.weight @ gone.mT @ gone)
+
+
 def split(flat: Tensor, weights: Sequence[Weight]) -> dict[str, Tensor]:
     """A vector cut into tensors, one after another: views.
 
