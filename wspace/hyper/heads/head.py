@@ -205,13 +205,15 @@ def set_apart(last: nn.Linear, seen: Tensor, energy: float = 0.95) -> None:
 
     Args:
         last: The map; its rows lose the directions of the means over parts.
-        seen: What it sees, ``(conditions, parts, n)``.
+        seen: What it sees, ``(*conditions, parts, n)``.
         energy: Share of the means' square that is taken away, with at most half of the directions.
     """
     if seen.shape[-2] < 2:
         return
     with torch.no_grad():
-        _, sizes, directions = torch.linalg.svd(seen.mean(-2), full_matrices=False)
+        _, sizes, directions = torch.linalg.svd(
+            seen.mean(-2).reshape(-1, seen.shape[-1]), full_matrices=False
+        )
         shares = sizes.square().cumsum(0) / sizes.square().sum()
         rank = min(int((shares < energy).sum()) + 1, seen.shape[-1] // 2)
         gone = directions[:rank]
