@@ -1,5 +1,6 @@
 """Losses on generated states: zero on orbits, right gradients, and what they are good for."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 
 import wspace
 from wspace.errors import HyperError, SpaceMismatch
-from wspace.hyper import FullHead, HyperNetwork, TaskEmbedding, functional_loss, orbit_loss
+from wspace.hyper import FullHead, HyperNetwork, TaskEmbedding, call, functional_loss, orbit_loss
+from wspace.space import WeightSpace
 from wspace.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+Way = Callable[[HyperNetwork, WeightSpace], dict[str, Tensor]]
 loss_of = partial(orbit_loss, align=wspace.align.match)
 
 
@@ -83,3 +86,50 @@ def test_a_generator_learns_networks_up_to_symmetry(generator: torch.Generator) 
             optimizer.step()
         left[name] = float(functional_loss(module, hyper(conds), wanted, x).detach())
     assert left["orbit"] < 0.2 * left["plain"]
+
+
+def augmented(hyper: HyperNetwork, space: WeightSpace) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    graph = wspace.encode(space, hyper(torch.arange(3)))
+    steps = wspace.augment.Compose(
+        augment=[wspace.augment.Symmetry(kinds=("permutation", "sign")), wspace.augment.Noise()]
+    )
+    return wspace.decode(steps(graph, g))
+
+
+def aligned(hyper: HyperNetwork, space: WeightSpace) -> dict[str, Tensor]:
+    state = hyper(torch.arange(3))
+    still = {n: x.detach() for n, x in state.items()}
+    first = {n: x[:1].expand_as(x) for n, x in still.items()}
+    return wspace.act(wspace.align.match(first, still, space), state, space)
+
+
+def canonical(hyper: HyperNetwork, space: WeightSpace) -> dict[str, Tensor]:
+    state = hyper(torch.arange(3))
+    still = {n: x.detach() for n, x in state.items()}
+    found = wspace.align.canonical(still, space, kinds=("permutation", "sign"))
+    return wspace.act(found, state, space)
+
+
+def merged(hyper: HyperNetwork, space: WeightSpace) -> dict[str, Tensor]:
+    return wspace.align.merge([hyper(0), hyper(2)], space)
+
+
+def pruned(hyper: HyperNetwork, space: WeightSpace) -> dict[str, Tensor]:
+    keep = {name: torch.arange(g.size) < 3 for name, g in space.groups.items()}
+    return wspace.prune.Restriction(space, keep).state(hyper(torch.arange(3)))
+
+
+@pytest.mark.parametrize("way", [augmented, aligned, canonical, merged, pruned])
+def test_what_is_made_of_generated_states_keeps_gradients(way: Way) -> None:
+    module = net()
+    space = wspace.trace(module, torch.zeros(1, 3))
+    hyper = HyperNetwork(module, TaskEmbedding(3, 8), FullHead([32]))
+    state = way(hyper, space)
+    sum(x.square().sum() for x in state.values()).backward()
+    used = [0, 2] if way is merged else [0, 1, 2]
+    assert (hyper.condition.table.grad[used].abs().amax(1) > 0).all()
+    if way in {aligned, canonical}:  # the same functions, in another order
+        x = torch.randn(5, 3)
+        found = call(module, state, (x,), inputs="shared")
+        assert_close(found, hyper.run(torch.arange(3), x, inputs="shared"))
