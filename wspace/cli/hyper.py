@@ -6,13 +6,18 @@ Training is `wspace fit --config configs/hyper/…`.
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from wspace.cli import screen
+from wspace.cli.headers import notes_of
 from wspace.errors import HyperError, message
 from wspace.io import save_checkpoint
+
+if TYPE_CHECKING:
+    from wspace.hyper.graph import GraphHyperNetwork
 
 Run = Callable[[argparse.Namespace, Console], int]
 
@@ -42,6 +47,18 @@ def hyper_options(it: argparse.ArgumentParser) -> None:
     sub.add_argument("ckpt", metavar="CKPT", help="what `wspace fit` wrote")
     sub.add_argument("--cond", type=int, metavar="N", help="number of the task or client")
     sub.add_argument("--out", metavar="FILE", required=True, help="checkpoint to write")
+    sub = command("predict", _predict, "predict the parameters of a model from its graph")
+    sub.add_argument("ref", metavar="REF", help="model reference, as for `wspace inspect`")
+    ghn = "graph hypernetwork: a name, or what `wspace fit` or `save_ghn` wrote"
+    sub.add_argument("--ghn", metavar="FILE", required=True, help=ghn)
+    sub.add_argument("--out", metavar="FILE", required=True, help="checkpoint to write")
+    sub.add_argument(
+        "--batchnorm",
+        choices=("reset", "keep"),
+        help="running statistics, which are not predicted: 0 and 1, or as the model has them",
+    )
+    sub.add_argument("--inputs", metavar="SIZES", action="append", default=[],
+                     help="example input, as 2x3x32x32 or int:2x9; once for each")  # fmt: skip
 
 
 def _show(args: argparse.Namespace, out: Console) -> int:
@@ -91,3 +108,37 @@ def _generate(args: argparse.Namespace, out: Console) -> int:
     what = f"{screen.plural(len(state), 'tensor')}, {screen.count(entries)} entries"
     out.print(Text(f"wrote {target}: {what}"), soft_wrap=True)
     return 0
+
+
+def _predict(args: argparse.Namespace, out: Console) -> int:
+    from wspace.cli.subject import open_subject
+    from wspace.hyper.graph import predict_into
+
+    ghn = _graph_hypernetwork(args.ghn)
+    subject = open_subject(args.ref, inputs=args.inputs)
+    if subject.module is None or subject.space is None:
+        raise HyperError(
+            message("predict: the code of the model is needed", got=args.ref,
+                    help="py:file.py:factory, hf:config.json, torchvision:name")
+        )  # fmt: skip
+    with screen.working(f"predicting {args.ref}"):
+        found = predict_into(ghn, subject.module, subject.space, batchnorm=args.batchnorm)
+    save_checkpoint(dict(subject.module.state_dict()), args.out)
+    out.print(Text(str(found)), soft_wrap=True)
+    out.print(Text(f"wrote {args.out}"), soft_wrap=True)
+    return 0
+
+
+def _graph_hypernetwork(name: str) -> "GraphHyperNetwork":
+    """A graph hypernetwork by name, or from a file of `save_ghn` or `wspace fit`."""
+    from wspace.hyper.graph import GraphHyperNetwork, load_ghn
+    from wspace.lit.checkpoint import FORMAT
+    from wspace.lit.hyper.loading import load_hyper
+
+    path = Path(name)
+    if not path.is_file() or notes_of(path).get("format") != FORMAT:
+        return load_ghn(name)
+    found = [m for m in load_hyper(path).modules() if isinstance(m, GraphHyperNetwork)]
+    if not found:
+        raise HyperError(message(f"predict: {name} has no graph hypernetwork"))
+    return found[0]
