@@ -236,6 +236,28 @@ def test_every_method_runs(method: str, options: dict[str, Any]) -> None:
         assert len(task.elastic.anchors) == (1 if options.get("online") else 4)
 
 
+def test_a_recurrent_head_grows() -> None:
+    """Old units are the same to the bit, new ones learn, and earlier tasks stay."""
+    seed_everything(1, verbose=False)
+    task = module("recurrent", grow=3)
+    assert task.hyper is not None
+    head: Any = task.hyper.head
+    run = trainer(max_epochs=1)
+    run.fit(task, datamodule=SplitTasks("digits", steps=60))
+    old = {name: p.detach().clone() for name, p in head.named_parameters()}
+    seed_everything(1, verbose=False)
+    task, _ = trained("recurrent", 60, grow=3)
+    assert task.hyper is not None
+    head = task.hyper.head
+    assert head.hidden == 12 + 4 * 3
+    now = dict(head.named_parameters())
+    for name, x in old.items():
+        assert_same(now[name], x)
+    assert now["units.4.leave.weight"].abs().max() > 0
+    assert task.matrix.diagonal().min() > 0.8
+    assert task.forgetting() < 0.03
+
+
 def test_statistics_of_earlier_tasks_are_kept() -> None:
     """With BatchNorm, later tasks leave no trace in an earlier one's answers, nor embeddings."""
     seed_everything(1, verbose=False)
@@ -285,6 +307,7 @@ def test_a_run_goes_on_as_it_was(tmp_path: Path) -> None:
         ({"penalty": "states"}, "only 'recurrent'"),
         ({"tasks": 3}, "10 outputs"),
         ({"heads": "own"}, "own"),
+        ({"grow": 2}, "'recurrent' with"),
         ({"head_options": {"size": 1}}, "ChunkedHead"),
     ],
 )

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from wspace.errors import HyperError, message
-from wspace.hyper import HyperNetwork, TaskEmbedding
+from wspace.hyper import HyperNetwork, RecurrentHead, TaskEmbedding
 from wspace.hyper.continual import (
     OutputRegularizer,
     TaskStatistics,
@@ -62,6 +62,7 @@ class Continual(HyperTask):
         subset: See there.
         ahead: Whether the penalty is taken after the step that the task's loss alone would make.
         mask: Whether the penalty leaves out outputs that a task does not use.
+        grow: Hidden units that a recurrent head gets with each new task; the old ones are frozen.
         ewc: Weight λ of elastic weight consolidation.
         online: Whether that keeps one anchor.
         fisher: Examples with which it estimates the Fisher information of a task.
@@ -96,6 +97,7 @@ class Continual(HyperTask):
         subset: int | None = None,
         ahead: bool = False,
         mask: bool = False,
+        grow: int = 0,
         ewc: float = 1000.0,
         online: bool = False,
         fisher: int = 512,
@@ -108,6 +110,10 @@ class Continual(HyperTask):
         self.save_hyperparameters({**options, "trust": list(trust)})
         self.automatic_optimization = False
         _check(method, penalty, heads, tasks, outputs)
+        if grow < 0 or (grow and (method != "recurrent" or penalty == "ewc")):
+            what = "'recurrent' with a penalty on outputs or states"
+            raise HyperError(message("Continual: grow", expected=what, got=f"{grow}, {method!r}"))
+        self.grow = grow
         self.method, self.kind, self.ahead, self.mask = method, penalty, ahead, mask
         self.tasks, self.examples = tasks, fisher
         each = outputs // tasks
@@ -197,11 +203,19 @@ class Continual(HyperTask):
             if self.hyper is not None:
                 cast(TaskEmbedding, self.hyper.condition).freeze(self.task)
             self.statistics.reset()
-            cast(Any, self.optimizers()).optimizer.state.clear()
+            optimizer = cast(Any, self.optimizers()).optimizer
+            optimizer.state.clear()
+            optimizer.param_groups[0]["params"].extend(self._grown())
         self.task, self._recent = task, []
         if self.uses_outputs and self.done:
             where = torch.tensor(self.done, device=self.device)
             self.regularizer.start(where, self._importance() if self.mask else None)
+
+    def _grown(self) -> list[nn.Parameter]:
+        """Parameters of new hidden units; none if none are wanted."""
+        if not self.grow or self.hyper is None:
+            return []
+        return cast(RecurrentHead, self.hyper.head).grow(self.grow, freeze=True)
 
     def _importance(self) -> dict[str, Tensor]:
         """1 for the outputs that earlier tasks use, of the tensors of the last layer."""
