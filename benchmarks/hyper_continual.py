@@ -5,7 +5,7 @@ Five tasks of two digits, a perceptron of two hidden layers of 100 (89,610 weigh
 chunks side by side or one after another, the latter with the penalty on weights, on hidden states,
 or elastic weight consolidation of the generator; no penalty; elastic weight consolidation of the
 plain network; all tasks at once. Nothing is chosen by the test images of the seeds that are shown:
-λ of elastic weight consolidation is swept with a seed of its own (`--sweep`), which is shown too.
+λ of elastic weight consolidation and β are swept with a seed of its own (`--sweep`), shown too.
 
 Results are added to a file of JSON lines as they come, what is there is not run again; `--show`
 prints the tables. Intervals are 95 %, Student's t over seeds.
@@ -31,19 +31,25 @@ from wspace.lit.hyper.continual import Continual
 TUNING_SEED = 1000
 CHUNKED = {"chunk": 8000, "hidden": [10, 10], "embedding": 32}
 RECURRENT = {"chunk": 8000, "hidden": 9, "embedding": 32}
+KEPT = {"beta": 0.01, "targets": "stored"}
 ARMS: dict[str, dict[str, Any]] = {
-    "chunked": {"method": "chunked", "head_options": CHUNKED, "targets": "stored"},
-    "chunked, lookahead": {"method": "chunked", "head_options": CHUNKED, "ahead": True},
+    "chunked": {"method": "chunked", "head_options": CHUNKED, **KEPT},
+    "chunked, lookahead": {"method": "chunked", "head_options": CHUNKED, **KEPT, "ahead": True},
     "no penalty": {"method": "finetune", "head_options": CHUNKED},
     "EWC": {"method": "ewc", "ewc": 1e3},
     "EWC, online": {"method": "ewc", "ewc": 1e3, "online": True},
     "plain, no penalty": {"method": "ewc", "ewc": 0.0},
     "joint": {"method": "joint"},
-    "recurrent": {"method": "recurrent", "head_options": RECURRENT, "targets": "stored"},
-    "recurrent, states": {"method": "recurrent", "head_options": RECURRENT, "penalty": "states"},
+    "recurrent": {"method": "recurrent", "head_options": RECURRENT, **KEPT},
+    "recurrent, states": {
+        "method": "recurrent",
+        "head_options": RECURRENT,
+        **KEPT,
+        "penalty": "states",
+    },
     "recurrent, EWC": {"method": "recurrent", "head_options": RECURRENT, "penalty": "ewc"},
 }
-BETAS = (0.1, 1.0, 10.0, 100.0)
+BETAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 LAMBDAS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 
 
@@ -102,11 +108,9 @@ def show(rows: list[dict[str, Any]]) -> None:
         model = row["model"]
         label = row["arm"]
         if row["seed"] == TUNING_SEED:
-            label += (
-                f", beta {model.get('beta', 10.0):g}, lambda {model.get('ewc', 1000.0):g} (tuning)"
-            )
-        elif row["arm"] == "chunked" and "beta" in model:
-            label += f", beta {model['beta']:g}"
+            named = {"beta": model.get("beta"), "lambda": model.get("ewc")}
+            told = [f"{name} {x:g}" for name, x in named.items() if x is not None]
+            label += f", {', '.join(told)} (tuning seed)"
         groups.setdefault(f"{label}, {row['steps']} steps", []).append(row)
     lines = [
         [
@@ -140,10 +144,7 @@ def main() -> None:
         return
     if options.sweep == "beta":
         wanted = [
-            settings(a, s, options.steps, beta=b)
-            for b in BETAS
-            for a in options.arms
-            for s in options.seeds
+            settings(a, TUNING_SEED, options.steps, beta=b) for b in BETAS for a in options.arms
         ]
     elif options.sweep == "lambda":
         wanted = [
