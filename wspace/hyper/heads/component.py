@@ -90,9 +90,9 @@ class ComponentHead(Head):
         """A weight out of its components, ``(*batch, components, entries)``."""
         batch = x.shape[:-2]
         if self.by != "role":
-            return x.reshape(*batch, *w.shape)
+            return x.reshape((*batch, *w.shape))
         corner = tuple(slice(n) for n in w.shape)
-        return x.reshape(*batch, *family.shape)[(..., *corner)]
+        return x.reshape((*batch, *family.shape))[(..., *corner)]
 
     def seen(self, e: Tensor) -> Sequence[Tensor]:
         """What the last map of every family sees.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wspace.errors import HyperError, message
 from wspace.hyper.target import Weight
 
-SAMPLES = 256
+SAMPLES = 128
 """Vectors of normal entries with which a head's variances are measured; fewer for large targets."""
 AT_ONCE = 2**22
 """Entries that are made at once while variances are measured."""

@@ -52,7 +52,7 @@ class LowRankHead(RowsHead):
             x = next(parts)
             if len(self._shapes(w)) == 2:
                 x = x @ next(parts).mT / sqrt(self.rank)
-                x = x.reshape(*e.shape[:-1], *w.shape)
+                x = x.reshape((*e.shape[:-1], *w.shape))
             made[w.name] = x
         return made
 

@@ -71,7 +71,7 @@ class PerTensorHead(Head):
         """
         batch = e.shape[:-1]
         return {
-            w.name: layer(h).reshape(*batch, *w.shape)
+            w.name: layer(h).reshape((*batch, *w.shape))
             for w, layer, h in zip(self.weights, self.layers, self._seen(e), strict=True)
         }
 

@@ -58,7 +58,7 @@ class RowsHead(Head):
         """
         parts = self.last(self.trunk(e)).split([prod(s) for s in self.shapes], -1)
         batch = e.shape[:-1]
-        return [p.reshape(*batch, *s) for p, s in zip(parts, self.shapes, strict=True)]
+        return [p.reshape((*batch, *s)) for p, s in zip(parts, self.shapes, strict=True)]
 
     def draw(self, moments: Sequence[float], generator: torch.Generator | None) -> None:
         """Draws the rows of every piece so that its entries have given second moments.
