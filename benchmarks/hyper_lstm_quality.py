@@ -1,10 +1,10 @@
 """Is a HyperLSTM a better language model than an LSTM, at equal steps and at equal size?
 
 Every arm trains on the characters of tinyshakespeare with equal steps, batches, clipping and
-schedule. The learning rate of each arm is chosen from one grid by the validation bits per character
-of shorter runs with a seed of their own. Then come `--seeds` full runs each, of which the last
-weights are judged on validation and test text. Results are added to a file of JSON lines as they
-come; what is in it is not run again. `--show` prints it as tables.
+schedule. Learning rates come from one grid: short runs with a seed of their own leave the two that
+are best on validation text, full runs with the first seed leave one, which the other seeds take.
+The last weights are judged on validation and test text. Results are added to a file of JSON lines
+as they come; what is in it is not run again. `--show` prints it as tables.
 
     WSPACE_DATA=/work/shared/data python benchmarks/hyper_lstm_quality.py --out hyper_lstm.jsonl
 """
@@ -40,7 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Options of `CharacterModel`; sizes are 128, 32 for the small cell, 8 for embeddings."""
 
-GRID = (3e-3, 1e-2, 3e-2)
+GRID = (3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEED = 1000
 
 
@@ -123,42 +123,55 @@ def interval(values: list[float]) -> str:
     return f"{mean:.4f} ± {half:.4f}"
 
 
+def short(book: Book, arm: str) -> dict[float, float]:
+    """Validation bits per character of the short runs, by learning rate."""
+    key = arm, TUNING_SEED, book.options.tuning_steps
+    rows = [r for r in book.rows if (r["arm"], r["seed"], r["steps"]) == key]
+    return {r["lr"]: r["val"] for r in rows}
+
+
+def full(book: Book, arm: str, seed: int) -> dict[float, Row]:
+    """Full runs with a seed, by learning rate."""
+    key = arm, seed, book.options.steps
+    return {r["lr"]: r for r in book.rows if (r["arm"], r["seed"], r["steps"]) == key}
+
+
 def chosen(book: Book, arm: str) -> float | None:
-    """The learning rate that was best in the short runs; None if there are none."""
-    steps = book.options.tuning_steps
-    some = [r for r in book.rows if (r["arm"], r["seed"], r["steps"]) == (arm, TUNING_SEED, steps)]
-    return min(some, key=lambda r: r["val"])["lr"] if some else None
+    """The learning rate that was best in the full runs with the first seed; None without any."""
+    found = full(book, arm, book.options.seeds[0])
+    return min(found, key=lambda lr: found[lr]["val"]) if found else None
 
 
 def show(book: Book) -> None:
     """Prints tables of what is there."""
-    print("\n## Learning rates: validation bits per character of the short runs\n")
+    first = book.options.seeds[0]
+    print("\n## Learning rates: validation bits per character, short run / full run\n")
     rows: list[list[object]] = []
     for arm in ARMS:
-        found = {
-            r["lr"]: r["val"] for r in book.rows if r["arm"] == arm and r["seed"] == TUNING_SEED
-        }
-        if found:
-            rows.append([arm, *(f"{found[lr]:.4f}" if lr in found else "" for lr in GRID)])
+        some, whole = short(book, arm), full(book, arm, first)
+        cells = [f"{some[lr]:.3f}" if lr in some else "" for lr in GRID]
+        ends = [f" / {whole[lr]['val']:.3f}" if lr in whole else "" for lr in GRID]
+        if some:
+            rows.append([arm, *(a + b for a, b in zip(cells, ends, strict=True))])
     table(["model", *map(str, GRID)], rows)
-    full = {arm: final(book, arm) for arm in ARMS}
+    judged = {arm: final(book, arm) for arm in ARMS}
     print(f"\n## Bits per character after {book.options.steps} steps: mean and 95 % interval\n")
     rows = []
-    for arm, found in full.items():
+    for arm, found in judged.items():
         if found:
-            first = next(iter(found.values()))
+            one = next(iter(found.values()))
             values = [interval([r[part] for r in found.values()]) for part in ("val", "test")]
             cpu = statistics.median(r["cpu_s"] for r in found.values())
-            size = f"{first['parameters']:,}"
-            rows.append([arm, size, first["lr"], len(found), *values, f"{cpu:.0f}"])
+            size = f"{one['parameters']:,}"
+            rows.append([arm, size, one["lr"], len(found), *values, f"{cpu:.0f}"])
     table(["model", "parameters", "lr", "seeds", "val", "test", "CPU s"], rows)
     print("\n## Test bits per character less those of another arm, seed by seed\n")
     rows = []
-    for arm, found in full.items():
+    for arm, found in judged.items():
         line: list[object] = [arm]
         for other in list(ARMS)[:3]:
-            both = sorted(found.keys() & full[other].keys())
-            gaps = [found[s]["test"] - full[other][s]["test"] for s in both]
+            both = sorted(found.keys() & judged[other].keys())
+            gaps = [found[s]["test"] - judged[other][s]["test"] for s in both]
             line.append(interval(gaps) if gaps and arm != other else "")
         if found:
             rows.append(line)
@@ -167,9 +180,9 @@ def show(book: Book) -> None:
 
 def final(book: Book, arm: str) -> dict[int, Row]:
     """Full runs of an arm at its learning rate, by seed."""
-    lr, steps = chosen(book, arm), book.options.steps
-    some = [r for r in book.rows if r["arm"] == arm and r["seed"] != TUNING_SEED]
-    return {r["seed"]: r for r in some if r["lr"] == lr and r["steps"] == steps}
+    lr = chosen(book, arm)
+    some = {seed: full(book, arm, seed) for seed in book.options.seeds}
+    return {seed: found[lr] for seed, found in some.items() if lr is not None and lr in found}
 
 
 def parsed() -> argparse.Namespace:
@@ -178,7 +191,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--text", default="tinyshakespeare")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--tuning-steps", type=int, default=500)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
@@ -199,7 +212,12 @@ def main() -> None:
         for lr in GRID:
             for arm in options.only:
                 book.get(arm, lr, TUNING_SEED, options.tuning_steps)
-        for seed in options.seeds:
+        first, *others = options.seeds
+        for arm in options.only:
+            found = short(book, arm)
+            for lr in sorted(found, key=lambda lr: found[lr])[:2]:
+                book.get(arm, lr, first, options.steps)
+        for seed in others:
             for arm in options.only:
                 lr = chosen(book, arm)
                 assert lr is not None

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets_zoo.experiments.text import Streams, TextData
 from datasets_zoo.text import Tokenizer, text
+from wspace.cli import main
 from wspace.errors import HyperError, ZooError
 from wspace.lit.hyper.language import CELLS, CharacterModel, lstm
+from wspace.lit.hyper.loading import load_hyper
 from wspace.lit.task import Optimization
 from wspace.testing import assert_close, assert_same
 
@@ -72,7 +74,15 @@ def test_loaders_keep_the_order() -> None:
         assert_same([x for x, _ in loader], [x for x, _ in streams])
 
 
+def test_bytes_are_256_whatever_the_text() -> None:
+    data = data_of(tokens="bytes")
+    assert data.vocabulary == 256
+    assert data.tokenizer.decode(data.parts["train"].inputs[0, :14]) == "The Zen of Pyt"
+
+
 def test_what_data_refuses() -> None:
+    with pytest.raises(ZooError, match="one of characters, bytes"):
+        TextData("zen", tokens="words")
     with pytest.raises(ZooError, match="three positive numbers"):
         TextData("zen", fractions=(0.9, 0.1))
     with pytest.raises(ZooError, match=r"(?s)at least one step.*smaller batch_size"):
@@ -180,12 +190,29 @@ def test_what_the_model_refuses() -> None:
         trainer_of(max_steps=1).fit(CharacterModel(ZEN + 1, **SMALL), datamodule=data_of())
 
 
-def test_the_configuration_is_what_the_classes_take() -> None:
-    content = yaml.safe_load((CONFIGS / "lstm_text.yaml").read_text(encoding="utf-8"))
-    options = content["model"]["init_args"]
-    how = Optimization(**options.pop("optimization"))
-    model = CharacterModel(**options, optimization=how)
-    assert sum(p.numel() for p in model.parameters()) == 152_065
-    assert isinstance(model.body, nn.Module) and how.lr == 3e-3
-    data = TextData(**content["data"]["init_args"])
-    assert (data.batch_size, data.length) == (32, 64)
+def test_configurations_are_what_the_classes_take() -> None:
+    for name, count in (("lstm_text", 152_065), ("lstm_docs", 300_544)):
+        content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        options = content["model"]["init_args"]
+        how = Optimization(**options.pop("optimization"))
+        model = CharacterModel(**options, optimization=how)
+        assert sum(p.numel() for p in model.parameters()) == count
+        data = TextData(**content["data"]["init_args"])
+        assert (data.batch_size, data.length) == (32, 64)
+
+
+def test_wspace_fit_runs_and_its_file_comes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "--config", str(CONFIGS / "lstm_docs.yaml"), "--data.name", "zen"]
+    words += ["--data.batch_size", "2", "--data.length", "8", "--trainer.max_epochs", "1"]
+    words += ["--model.hidden_size", "8", "--model.hyper_size", "4", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.log_every_n_steps", "1"]
+    assert main([*words, "--trainer.default_root_dir", str(tmp_path)]) == 0
+    assert "val/bpc" in capsys.readouterr().out
+    file = tmp_path / "lstm_docs" / "version_0" / "checkpoints" / "last.safetensors"
+    task = load_hyper(file)
+    assert isinstance(task, CharacterModel) and task.cell == "hyper_lstm_ln"
+    assert task.optimization == Optimization(lr=1e-2, weight_decay=0.0)
+    logits = task(torch.randint(256, (2, 3)))[0]
+    assert logits.shape == (2, 3, 256) and bool(logits.isfinite().all())

@@ -12,6 +12,7 @@ from datasets_zoo.text import Tokenizer, text
 from wspace.errors import ZooError, message
 
 PARTS = ("train", "val", "test")
+TOKENS = ("characters", "bytes")
 
 
 class Streams(Dataset[tuple[Tensor, Tensor]]):
@@ -75,12 +76,15 @@ class TextData(LightningDataModule):
         batch_size: Streams.
         length: Steps of a batch.
         fractions: Shares of training, validation and test text.
+        tokens: ``"characters"`` of the text, or ``"bytes"`` of UTF-8, of which there are 256
+            whatever the text.
 
     Raises:
-        ZooError: If the shares are not three positive numbers with sum 1.
+        ZooError: If the shares are not three positive numbers with sum 1, or there are no such
+            tokens.
 
     Attributes:
-        tokenizer: Characters of the whole text, sorted; filled by `setup`.
+        tokenizer: Characters of the whole text, sorted, or bytes; filled by `setup`.
         parts: Streams of ``"train"``, ``"val"`` and ``"test"``; filled by `setup`.
 
     Example:
@@ -99,8 +103,12 @@ class TextData(LightningDataModule):
         batch_size: int = 32,
         length: int = 64,
         fractions: Sequence[float] = (0.9, 0.05, 0.05),
+        tokens: str = "characters",
     ) -> None:
         super().__init__()
+        if tokens not in TOKENS:
+            expected = f"one of {', '.join(TOKENS)}"
+            raise ZooError(message("TextData: no such tokens", expected=expected, got=tokens))
         if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise ZooError(
                 message(
@@ -111,12 +119,12 @@ class TextData(LightningDataModule):
             )
         self.text, self.root = name, root
         self.batch_size, self.length, self.fractions = batch_size, length, tuple(fractions)
-        self.tokenizer = Tokenizer()
+        self.tokens, self.tokenizer = tokens, Tokenizer()
         self.parts: dict[str, Streams] = {}
 
     @property
     def vocabulary(self) -> int:
-        """Number of different characters."""
+        """Number of different tokens."""
         return len(self.tokenizer)
 
     def setup(self, stage: str) -> None:
@@ -136,7 +144,8 @@ class TextData(LightningDataModule):
         if self.parts:
             return
         sample = text(self.text, self.root)
-        self.tokenizer = Tokenizer.of(sample)
+        if self.tokens == "characters":
+            self.tokenizer = Tokenizer.of(sample)
         tokens = self.tokenizer.encode(sample)
         first = round(self.fractions[0] * len(tokens))
         second = first + round(self.fractions[1] * len(tokens))

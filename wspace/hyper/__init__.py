@@ -7,9 +7,14 @@ takes it. Systems built of it have modules of their own.
 
 from wspace.hyper.call import call as call
 from wspace.hyper.cells.fast_weights import FastWeightModel as FastWeightModel
-from wspace.hyper.cells.self_reference import SRWM as SRWM
+from wspace.hyper.cells.hyper_lstm import HyperLSTM as HyperLSTM
+from wspace.hyper.cells.hyper_lstm import HyperLSTMCell as HyperLSTMCell
+from wspace.hyper.cells.hyper_recurrence import HyperState as HyperState
+from wspace.hyper.cells.layer_norm_lstm import LayerNormLSTM as LayerNormLSTM
+from wspace.hyper.cells.layer_norm_lstm import LayerNormLSTMCell as LayerNormLSTMCell
 from wspace.hyper.cells.self_reference import DeltaNet as DeltaNet
 from wspace.hyper.cells.self_reference import FakeSR as FakeSR
+from wspace.hyper.cells.self_reference import SRWM as SRWM
 from wspace.hyper.condition import GraphCondition as GraphCondition
 from wspace.hyper.condition import Hyperparameters as Hyperparameters
 from wspace.hyper.condition import Noise as Noise
@@ -27,6 +32,7 @@ from wspace.hyper.heads.recurrent import RecurrentHead as RecurrentHead
 from wspace.hyper.heads.tiled import TiledHead as TiledHead
 from wspace.hyper.hypernetwork import HyperNetwork as HyperNetwork
 from wspace.hyper.hypernetwork import coverage_of as coverage_of
+from wspace.hyper.initialize import activation_variance as activation_variance
 from wspace.hyper.initialize import initialize as initialize
 from wspace.hyper.losses import functional_loss as functional_loss
 from wspace.hyper.losses import orbit_loss as orbit_loss

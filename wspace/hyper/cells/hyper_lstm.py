@@ -46,8 +46,8 @@ class HyperLSTMCell(RecurrentCell[HyperState]):
         noise: Standard deviation of noise on S_h and S_x at the start, with sum 0 in each row, so
             that every d is 0.1 all the same. Published is 0; then the entries of z_h have equal
             gradients, and so remain equal for ever, and likewise z_x: as if Nz were 1.
-        fused: Whether gradients are taken by hand. They are the same as autograd's, of any order,
-            and a few times faster; `torch.func` and forward mode need False.
+        fused: Whether gradients are taken by hand. They are autograd's, of any order, in three
+            fifths of the memory and a sixth less time; `torch.func` and forward mode need False.
         generator: Source of the initial weights.
         device: Device of the parameters.
         dtype: Their type.

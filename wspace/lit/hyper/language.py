@@ -1,5 +1,6 @@
 """`CharacterModel`: recurrent language models of characters, HyperLSTM beside its controls."""
 
+from dataclasses import asdict
 from math import log
 from typing import Any
 
@@ -24,7 +25,7 @@ class CharacterModel(HyperTask):
     Logs ``loss`` (nats) and ``bpc`` (bits), means over characters.
 
     Args:
-        vocabulary: Number of different characters: 65 for tinyshakespeare.
+        vocabulary: Number of different tokens: 65 for tinyshakespeare, 256 for bytes.
         cell: ``"lstm"`` (`torch.nn.LSTM` with the initial weights and forget bias of the others),
             ``"layer_norm_lstm"``, ``"hyper_lstm"``, or ``"hyper_lstm_ln"`` with layer
             normalisation.
@@ -66,10 +67,12 @@ class CharacterModel(HyperTask):
         optimization: Optimization | None = None,
     ) -> None:
         super().__init__(optimization)
+        options = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
+        self.save_hyperparameters({**options, "optimization": asdict(self.optimization)})
         self.vocabulary, self.cell, self.carry = vocabulary, cell, carry
         sizes = vocabulary, hidden_size
         small = hyper_size, embedding_size, num_layers
-        options: dict[str, Any] = {"batch_first": True, "recurrent_dropout": recurrent_dropout}
+        how: dict[str, Any] = {"batch_first": True, "recurrent_dropout": recurrent_dropout}
         if cell not in CELLS:
             expected = f"one of {', '.join(CELLS)}"
             raise HyperError(message("CharacterModel: no such cell", expected=expected, got=cell))
@@ -79,10 +82,10 @@ class CharacterModel(HyperTask):
         if cell == "lstm":
             self.body: nn.Module = lstm(*sizes, num_layers)
         elif cell == "layer_norm_lstm":
-            self.body = LayerNormLSTM(*sizes, num_layers, **options)
+            self.body = LayerNormLSTM(*sizes, num_layers, **how)
         else:
-            options |= {"layer_norm": cell == "hyper_lstm_ln", "noise": noise}
-            self.body = HyperLSTM(*sizes, *small, **options)
+            how |= {"layer_norm": cell == "hyper_lstm_ln", "noise": noise}
+            self.body = HyperLSTM(*sizes, *small, **how)
         self.head = nn.Linear(hidden_size, vocabulary)
         self._states: dict[str, Any] = {}
 
@@ -116,7 +119,7 @@ class CharacterModel(HyperTask):
             raise HyperError(
                 message(
                     "CharacterModel: the vocabulary is not that of the text",
-                    expected=f"{found} characters",
+                    expected=f"{found} tokens",
                     got=str(self.vocabulary),
                     help=f"--model.vocabulary {found}",
                 )
