@@ -1,19 +1,18 @@
 """`FewShot`: what an answer depends on, that it learns, and its configuration."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.cli import LightningCLI
 
 from datasets_zoo.experiments.episodes import Episode, Episodes
+from wspace.cli import main
 from wspace.errors import HyperError
 from wspace.lit.hyper.fewshot import LAYERS, FewShot
+from wspace.lit.hyper.loading import load_hyper
 from wspace.testing import assert_close
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hyper" / "srwm_fewshot.yaml"
@@ -140,31 +139,19 @@ def test_fake_is_at_chance_unless_labels_stay() -> None:
     assert fitted("fake_sr", permute=False, epochs=4)["test/accuracy_seen"] > 0.5
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # lightning 2.6 with jsonargparse 4.53
-def test_configuration_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["fit"])  # Lightning warns of words of the process
-    content = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    content["trainer"] |= {
-        "max_epochs": 1,
-        "limit_train_batches": 2,
-        "limit_val_batches": 1,
-        "limit_test_batches": 1,
-        "accelerator": "cpu",
-        "devices": 1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-        "enable_checkpointing": False,
-        "default_root_dir": str(tmp_path),
-    }
-    content["seed_everything"] = 0
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    cli = LightningCLI(
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        args=["fit", "--config", str(file)],
-    )
-    assert isinstance(cli.model, FewShot) and cli.trainer.global_step == 2
-    assert cli.model.optimization.lr == 3e-3
-    assert "val/accuracy" in cli.trainer.callback_metrics
+def test_configuration_runs_and_its_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fast = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
+    fast += ("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1")
+    fast += ("--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1")
+    config = ("--config", str(CONFIG), *fast)
+    assert main(["fit", *config]) == 0, capsys.readouterr().err
+    file = Path("runs/srwm_fewshot/version_0/checkpoints/last.safetensors")
+    model = load_hyper(file)
+    assert isinstance(model, FewShot) and model.optimization.lr == 3e-3
+    e = episodes().batch("val", 0, 0)
+    assert model(e.images, e.labels).shape == (6, 7, 3)
+    assert main(["test", *config, "--ckpt_path", str(file)]) == 0
+    assert "test/accuracy_held_out" in capsys.readouterr().out

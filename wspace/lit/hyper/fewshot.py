@@ -5,6 +5,7 @@ itself": each step of a sequence is an image's features beside its one-hot label
 last, with label 0 as a dummy; the loss is that of the last step alone.
 """
 
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -107,7 +108,10 @@ class FewShot(HyperTask):
         options: dict[str, Any] | None = None,
         optimization: Optimization | None = None,
     ) -> None:
+        known = {k: v for k, v in locals().items() if k not in {"self", "__class__"}}
         super().__init__(optimization)
+        known |= {"image": list(image), "optimization": asdict(self.optimization)}
+        self.save_hyperparameters(known)
         self.layer, self.ways = layer, ways
         self.extractor = _extractor(extractor, image, features)
         inputs = features + ways
