@@ -5,8 +5,9 @@ each, then a query; the loss is that of the query alone. Seven digits are for tr
 the three others and on new images of the seven. `FakeSR`, the same network without modification of
 itself, cannot do it: it must be at chance.
 
-In the second experiment the labels change their meaning in the middle of the episode (each digit
-gets another label than before): accuracy by the number of examples seen since.
+The LSTM is also given more steps. In the second experiment the labels change their meaning in the
+middle of the episode (each digit gets another label than before): accuracy by the number of
+examples seen since.
 
 Models have nearly the same number of parameters and one feature extractor. The learning rate of
 each is chosen from `RATES` by validation accuracy with a seed that is not tested, in the first
@@ -41,6 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 NAMES = {"srwm": "SRWM", "fake_sr": "Fake SR", "delta_net": "DeltaNet", "lstm": "LSTM"}
 PIXELS = "nearest neighbour of pixels"
+SWITCHED = ("srwm", "delta_net")  # the others learn nothing in the first experiment
 WAYS, SHOTS, BEFORE, AFTER = 3, 5, 3, 3
 SHOWN = (0, 1, 2, 3, 6, 9)  # examples under the new labels
 READ: dict[str, Any] = {}  # images are read once
@@ -52,8 +54,8 @@ def data_of(options: argparse.Namespace, kind: str, seed: int, switch: int = AFT
         options.data,
         pool=2 if options.data == "mnist" else 1,
         ways=WAYS,
-        shots=SHOTS if kind == "labels" else BEFORE,
-        switch=0 if kind == "labels" else switch,
+        shots=BEFORE if kind == "switch" else SHOTS,
+        switch=switch if kind == "switch" else 0,
         batches=options.steps[kind] // options.epochs,
         eval_batches=options.eval_batches,
         seed=seed,
@@ -98,7 +100,7 @@ def trained(
         "seconds": round(seconds, 1),
         "val": float(trainer.callback_metrics["val/accuracy"]),
     }
-    if kind == "labels":
+    if kind != "switch":
         found = trainer.test(model, data, verbose=False)[0]
         row |= {k.removeprefix("test/accuracy_"): v for k, v in found.items() if "accuracy" in k}
     else:
@@ -176,7 +178,8 @@ def run(options: argparse.Namespace) -> None:
             results.add(pixels(options, seed))
     plan = [("labels", arm, rate, TUNING) for arm in ARMS for rate in RATES]
     plan += [("labels", arm, None, seed) for seed in SEEDS for arm in ARMS]
-    plan += [("switch", arm, None, seed) for seed in SEEDS for arm in ARMS]
+    plan += [("switch", arm, None, seed) for seed in SEEDS for arm in SWITCHED]
+    plan += [("longer", "lstm", None, seed) for seed in SEEDS]
     for kind, arm, fixed, seed in plan:
         rate = results.rate(arm) if fixed is None else fixed
         assert rate is not None
@@ -199,23 +202,24 @@ def interval(values: list[float]) -> str:
 def show(options: argparse.Namespace) -> None:
     results = Results(options)
     rows: list[list[object]] = []
-    for arm in (*ARMS, PIXELS):
+    for kind, arm in (*(("labels", a) for a in ARMS), ("longer", "lstm"), ("labels", PIXELS)):
         rate = 0.0 if arm == PIXELS else results.rate(arm)
-        found = [results.find("labels", arm, rate, s) for s in SEEDS] if rate is not None else []
+        found = [results.find(kind, arm, rate, s) for s in SEEDS] if rate is not None else []
         found = [f for f in found if f]
         if not found:
             continue
         trained = [found[0]["in_sequence_model"], f"{rate:g}"] if rate else ["", ""]
         seconds = f"{fmean(f['seconds'] for f in found):.0f}" if rate else ""
         both = [interval([f[k] for f in found]) for k in ("held_out", "seen")]
-        rows.append([NAMES.get(arm, arm), *trained, *both, seconds, len(found)])
+        name = NAMES.get(arm, arm) + (f", {options.steps[kind]} steps" if kind == "longer" else "")
+        rows.append([name, *trained, *both, seconds, len(found)])
     print(f"\n## {WAYS} labels, {SHOTS} shots, {options.steps['labels']} steps\n")
     head = ["model", "parameters", "rate", "held-out digits, %", "seen digits, %", "s", "seeds"]
     table(head, rows)
     print(f"\n## Recovery after the labels changed, {options.steps['switch']} steps\n")
     for name in ("seen", "held_out"):
         rows = []
-        for arm in ARMS:
+        for arm in SWITCHED:
             rate = results.rate(arm) or -1.0
             found = [f for s in SEEDS if (f := results.find("switch", arm, rate, s))]
             if found:
@@ -229,14 +233,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("hyper_srwm.jsonl"))
     parser.add_argument("--data", default="mnist", help="mnist or digits (%(default)s)")
-    parser.add_argument("--kinds", nargs="*", default=["labels", "switch"])
+    parser.add_argument("--kinds", nargs="*", default=["labels", "switch", "longer"])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--switch-steps", type=int, default=1500)
+    parser.add_argument("--longer-steps", type=int, default=6000, help="of the LSTM alone")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--eval-batches", type=int, default=40, help="32 episodes each")
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args()
     options.steps = {"labels": options.steps, "switch": options.switch_steps}
+    options.steps["longer"] = options.longer_steps
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
