@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wspace.errors import HyperError, message
+from wspace.hyper.heads.head import normal_vectors
 from wspace.hyper.heads.rows import RowsHead
 from wspace.hyper.target import Weight
 
@@ -63,9 +64,13 @@ class LowRankHead(RowsHead):
             variances: Second moment of the entries of every weight, by name.
             generator: Source of randomness.
         """
+        with torch.no_grad():
+            sizes = self.trunk(normal_vectors(self, self.inputs, generator)).square().sum(-1)
+        spread = float(sizes.square().mean() / sizes.mean().square())  # both factors grow together
         moments: list[float] = []
         for w in self.weights:
-            moments += [variances[w.name], 1.0][: len(self._shapes(w))]
+            thin = len(self._shapes(w)) == 2
+            moments += [variances[w.name] / spread, 1.0] if thin else [variances[w.name]]
         self.draw(moments, generator)
 
     def silence(self) -> None:
