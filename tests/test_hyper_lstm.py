@@ -383,6 +383,18 @@ def test_other_dtypes_and_autocast() -> None:
     assert out.dtype == torch.float32 and (out - want).abs().max() < 2e-2
 
 
+@MODELS
+def test_autocast_does_not_touch_gradients(model: Model) -> None:
+    net = made(model, layer_norm=True).float()
+    x = normal(T, B, X).float()
+    found: list[list[Tensor]] = []
+    for inside in (False, True):
+        out = net(x)[0].square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(list(torch.autograd.grad(out, [net.cells[0].weight_h])))
+    assert_same(*found)
+
+
 def test_generator_decides() -> None:
     a, b, c = (HyperLSTM(X, H, M, NZ, generator=seeded(s)).state_dict() for s in (1, 1, 2))
     assert_same(a, b)

@@ -138,9 +138,11 @@ class ByHand(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `_backward`."""
         flat, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        if torch.is_grad_enabled():
-            return None, *differentiable(_outputs, flat, ctx.needs_input_grad[1:], ctx.eps, slopes)
-        return None, *_backward(Loop.of(flat), kept, slopes, ctx.eps)
+        wants = ctx.needs_input_grad[1:]
+        with torch.autocast(slopes[0].device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return None, *differentiable(_outputs, flat, wants, ctx.eps, slopes)
+            return None, *_backward(Loop.of(flat), kept, slopes, ctx.eps)
 
 
 def _outputs(flat: Sequence[Tensor | None], eps: float) -> tuple[Tensor, ...]:

@@ -212,27 +212,35 @@ class _ByHand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        flat, (states, *kept) = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
-        if torch.is_grad_enabled():
-            return None, *differentiable(
-                _by_autograd, flat, ctx.needs_input_grad[1:], ctx.eps, slopes
-            )
-        (x, h, c, weight), norms, mask = _parts(flat)
-        steps, batch = x.shape[:2]
-        span = min(steps, max(1, ROWS // batch))
-        made, by_x = x.new_empty(span, *x.shape[1:]), torch.empty_like(x)
-        rewind = Rewind(Record(*kept), norms, mask, ctx.eps, made)
-        h, c, total = torch.zeros_like(h), slopes[1].clone(), weight.new_zeros(weight.mT.shape)
-        each = made.unbind()
-        for stop in range(steps, 0, -span):
-            start = max(0, stop - span)
-            rewind.load(start, stop)
-            for t in range(stop - 1, start - 1, -1):
-                h.add_(slopes[0][t])
-                rewind.back(t - start, h, c)
-                torch.mm(each[t - start], weight, out=h)
-            some = made[: stop - start]
-            by_x[start:stop] = some
-            total.addmm_(states[start:stop].flatten(0, 1).mT, some.flatten(0, 1))
-            rewind.add_up(stop - start)
-        return None, by_x, h, c, total.mT, *rewind.norm_slopes, None
+        flat, kept = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        wants = ctx.needs_input_grad[1:]
+        with torch.autocast(slopes[0].device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return None, *differentiable(_by_autograd, flat, wants, ctx.eps, slopes)
+            return None, *_backward(flat, kept, slopes, ctx.eps)
+
+
+def _backward(
+    flat: Flat, kept: Sequence[Tensor], slopes: Sequence[Tensor], eps: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors of a loop, in their order."""
+    states, *kept = kept
+    (x, h, c, weight), norms, mask = _parts(flat)
+    steps, batch = x.shape[:2]
+    span = min(steps, max(1, ROWS // batch))
+    made, by_x = x.new_empty(span, *x.shape[1:]), torch.empty_like(x)
+    rewind = Rewind(Record(*kept), norms, mask, eps, made)
+    h, c, total = torch.zeros_like(h), slopes[1].clone(), weight.new_zeros(weight.mT.shape)
+    each = made.unbind()
+    for stop in range(steps, 0, -span):
+        start = max(0, stop - span)
+        rewind.load(start, stop)
+        for t in range(stop - 1, start - 1, -1):
+            h.add_(slopes[0][t])
+            rewind.back(t - start, h, c)
+            torch.mm(each[t - start], weight, out=h)
+        some = made[: stop - start]
+        by_x[start:stop] = some
+        total.addmm_(states[start:stop].flatten(0, 1).mT, some.flatten(0, 1))
+        rewind.add_up(stop - start)
+    return by_x, h, c, total.mT, *rewind.norm_slopes, None
