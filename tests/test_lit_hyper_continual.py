@@ -256,6 +256,10 @@ def test_a_recurrent_head_grows() -> None:
     assert now["units.4.leave.weight"].abs().max() > 0
     assert task.matrix.diagonal().min() > 0.8
     assert task.forgetting() < 0.03
+    again = module("recurrent", grow=3)
+    again.load_state_dict(task.state_dict())
+    x = torch.randn(5, 1, 8, 8)
+    assert_same(again(2, x), task(2, x))
 
 
 def test_statistics_of_earlier_tasks_are_kept() -> None:
@@ -271,25 +275,30 @@ def test_statistics_of_earlier_tasks_are_kept() -> None:
     trainer(max_epochs=2).fit(task, datamodule=SplitTasks("digits", steps=10))
     assert task.done == [0]
     kept = task.statistics.kept[0]
-    now = [x.clone() for x in task.statistics._buffers()]  # pyright: ignore
+    now = [x.clone() for x in task.statistics.buffers()]
     assert not torch.equal(kept[0], now[0])
     x = torch.randn(5, 1, 8, 8)
     task.eval()
     with torch.no_grad():
         right, wrong = task(0, x), task.logits(0, x)
     assert not torch.allclose(right, wrong)
+    again = Continual(**dict(task.hparams))  # from its weights alone
+    again.load_state_dict(task.state_dict())
+    with torch.no_grad():
+        assert_same(again.eval()(0, x), right)
 
 
-def test_a_run_goes_on_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "options"), [("chunked", {}), ("recurrent", {"grow": 2})])
+def test_a_run_goes_on_as_it_was(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
     """Interrupted after the second task: what is remembered is in the file, without pickle."""
-    whole, _ = trained("chunked", 5)
+    whole, _ = trained(method, 5, **options)
     seed_everything(1, verbose=False)
-    first = module()
+    first = module(method, **options)
     run = trainer(max_epochs=2)
     run.fit(first, datamodule=SplitTasks("digits", steps=5))
     run.save_checkpoint(tmp_path / "half.ckpt")
     torch.load(tmp_path / "half.ckpt", weights_only=True)
-    rest = module()
+    rest = module(method, **options)
     trainer().fit(rest, datamodule=SplitTasks("digits", steps=5), ckpt_path=tmp_path / "half.ckpt")
     assert rest.done == whole.done == [0, 1, 2, 3]
     assert_same(dict(rest.network.named_parameters()), dict(whole.network.named_parameters()))

@@ -357,7 +357,7 @@ class TaskStatistics:
 
     def keep(self, task: int) -> None:
         """Copies the present statistics as those of a task."""
-        self.kept[task] = [x.detach().clone() for x in self._buffers()]
+        self.kept[task] = [x.detach().clone() for x in self.buffers()]
 
     def reset(self) -> None:
         """Begins statistics anew, for a new task."""
@@ -374,14 +374,15 @@ class TaskStatistics:
         Yields:
             Nothing.
         """
-        before = [x.detach().clone() for x in self._buffers()]
+        before = [x.detach().clone() for x in self.buffers()]
         self._put(self.kept.get(task, before))
         try:
             yield
         finally:
             self._put(before)
 
-    def _buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
+        """The present statistics themselves, in the order of the module's layers."""
         return [
             x
             for m in self.layers
@@ -391,7 +392,7 @@ class TaskStatistics:
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:
-        for x, value in zip(self._buffers(), values, strict=True):
+        for x, value in zip(self.buffers(), values, strict=True):
             x.copy_(value)
 
 

@@ -41,9 +41,10 @@ class Continual(HyperTask):
     """Tasks one after another: batches ``(x, y, task)``, as of `datasets_zoo.experiments`.
 
     Logs, after every epoch, the accuracy of each task's own images (``accuracy_0`` …), the ``mean``
-    over tasks so far, ``forgetting`` (the mean over earlier tasks of the best accuracy so far less
-    the present one) and ``drift`` (of the first task's generated weights, relative). Tests add
-    ``mean_by_entropy`` and ``task_found``: nobody says the task, and the surest network answers.
+    over all tasks, also those to come, and over those ``so_far``, ``forgetting`` (the mean over
+    earlier tasks of the best accuracy so far less the present one) and ``drift`` (of the first
+    task's generated weights, relative). Tests add ``mean_by_entropy`` and ``task_found``: nobody
+    says the task, and the surest network answers.
 
     The optimiser is Adam with a constant rate, begun anew with each task.
 
@@ -133,6 +134,10 @@ class Continual(HyperTask):
         )
         self.elastic = EWC(ewc, online=online)
         self.statistics = TaskStatistics(self.network)
+        self.register_buffer("finished", torch.zeros(tasks, dtype=torch.bool))
+        for i in range(tasks):  # so that weights in a file have what earlier tasks need
+            for k, x in enumerate(self.statistics.buffers()):
+                self.register_buffer(f"past_{i}_{k}", torch.zeros_like(x))
         self.task: int | None = None
         self.done: list[int] = []
         self.matrix = torch.full((tasks, tasks), torch.nan)
@@ -195,6 +200,9 @@ class Continual(HyperTask):
         if self.task is not None:
             self.done.append(self.task)
             self.statistics.keep(self.task)
+            self.get_buffer("finished")[self.task] = True
+            for k, x in enumerate(self.statistics.kept[self.task]):
+                self.get_buffer(f"past_{self.task}_{k}").copy_(x)
             if self.uses_elastic:
                 self.elastic.consolidate(self.moving(), self.needed)
             if self.hyper is not None and not self.first:
@@ -215,7 +223,9 @@ class Continual(HyperTask):
         """Parameters of new hidden units; none if none are wanted."""
         if not self.grow or self.hyper is None:
             return []
-        return cast(RecurrentHead, self.hyper.head).grow(self.grow, freeze=True)
+        drawn = torch.Generator().manual_seed(len(self._units()))  # the same when a run goes on
+        head = cast(RecurrentHead, self.hyper.head)
+        return head.grow(self.grow, freeze=True, generator=drawn)
 
     def _importance(self) -> dict[str, Tensor]:
         """1 for the outputs that earlier tasks use, of the tensors of the last layer."""
@@ -355,7 +365,7 @@ class Continual(HyperTask):
         self.matrix[row] = shares
         seen = range(self.tasks) if self.task is None else [*self.done, self.task]
         values = {f"accuracy_{i}": float(a) for i, a in enumerate(shares)}
-        values["mean"] = float(shares[list(seen)].mean())
+        values |= {"mean": float(shares.mean()), "so_far": float(shares[list(seen)].mean())}
         if self.done:
             values["forgetting"] = self.forgetting()
         if self.first and self.hyper is not None:
@@ -400,7 +410,6 @@ class Continual(HyperTask):
             "matrix": self.matrix,
             "needed": self.needed,
             "first": self.first,
-            "statistics": self.statistics.kept,
             "regularizer": self.regularizer.state_dict(),
             "elastic": self.elastic.state_dict(),
         }
@@ -412,9 +421,40 @@ class Continual(HyperTask):
             return
         self.task, self.done, self.matrix = found["task"], list(found["done"]), found["matrix"]
         self.needed, self.first = found["needed"], found["first"]
-        self.statistics.kept = found["statistics"]
         self.regularizer.load_state_dict(found["regularizer"])
         self.elastic.load_state_dict(found["elastic"])
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Takes weights, hidden units that were added and statistics of earlier tasks included.
+
+        Args:
+            state_dict: As `state_dict` gave it.
+            strict: See `torch.nn.Module.load_state_dict`.
+            assign: See there.
+
+        Returns:
+            Names that are missing, and unexpected ones.
+        """
+        there = {name.split(".")[3] for name in state_dict if name.startswith(_UNITS)}
+        while self.grow and self.hyper is not None and len(there) > len(self._units()):
+            self._grown()
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        tasks = self.get_buffer("finished").nonzero()[:, 0].tolist()
+        count = len(self.statistics.buffers())
+        for i in tasks:
+            past = [self.get_buffer(f"past_{i}_{k}") for k in range(count)]
+            self.statistics.kept[i] = [x.clone() for x in past]
+        self.done = self.done or tasks
+        return found
+
+    def _units(self) -> nn.ModuleList:
+        assert self.hyper is not None
+        return cast(RecurrentHead, self.hyper.head).units
+
+
+_UNITS = "network.head.units."
 
 
 class _Running(nn.Module):
