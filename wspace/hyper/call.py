@@ -1,14 +1,15 @@
 """`call`: a module run with weights from outside, one set or one for every network of a batch.
 
 The module is never changed: `torch.func.functional_call` puts its own tensors back, also when the
-module raises. Several networks run in one vectorised pass (`torch.func.vmap`), or, where an
-operator has no batching rule, one after another, with the same answer.
+module raises. Several networks run in one vectorised pass (`torch.func.vmap`), or, where that is
+not possible, one after another, with the same answer. How an answer of several networks is put
+together is in `answer`.
 """
 
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from wspace.errors import HyperError, message
+from wspace.hyper.answer import Answer, attributes_of, escaped, put_attributes
 from wspace.restore import buffers_of, put_back
 
 Inputs = Literal["paired", "shared", "samples"]
 Method = Literal["auto", "vmap", "loop"]
+INPUTS: tuple[str, ...] = ("paired", "shared", "samples")
+METHODS: tuple[str, ...] = ("auto", "vmap", "loop")
 
-_Leaves = list[Any]
+_Axes = dict[str, int | None]
 
 
 def call(
@@ -40,8 +44,8 @@ def call(
     Args:
         module: The module; it keeps its own weights, also when it raises. Buffers that are not in
             `state` are its own: BatchNorm updates them in training mode as it always does.
-        state: Tensors by name, ``shape`` or ``(B, *shape)``; names that are not there are the
-            module's own. Tied names that are not there follow the one that is.
+        state: Tensors by name, ``shape`` or ``(B, *shape)``; they are not changed. Names that are
+            not there are the module's own. Tied names that are not there follow the one that is.
         args: Positional inputs.
         kwargs: Inputs by name.
         inputs: For a batch of B networks: ``"paired"`` gives network i entry i of every tensor,
@@ -49,57 +53,58 @@ def call(
             examples: network i sees a batch of the one example i.
         method: ``"vmap"`` runs all networks at once, ``"loop"`` one after another; ``"auto"``
             falls back to the loop for fused recurrent layers, for BatchNorm that updates
-            statistics, and where vmap raises. Dropout differs between networks in both.
+            statistics, where vmap raises, and where the module keeps tensors of its run. Dropout
+            differs between networks in both.
 
     Returns:
         The module's answer; for a batch, every tensor of it with B in front (with ``"samples"``
         in place of the module's own batch axis).
 
     Raises:
-        HyperError: If a name is unknown, a shape does not fit, or inputs do not pair up.
+        HyperError: If a name is unknown, a shape does not fit, inputs do not pair up, or an answer
+            of several networks holds something else than tensors that differs between them.
     """
-    given = dict(kwargs or {})
-    full, axes, size = _checked(module, state)
-    with _own_weights(module):
-        if size is None:
-            return functional_call(module, full, tuple(args), given, tie_weights=False)
-        return _several(module, (full, axes, size), (tuple(args), given), inputs, method)
+    return run_networks(module, _unwritten(module, state), args, kwargs, inputs, method)
 
 
-def _several(
+def run_networks(
     module: nn.Module,
-    states: tuple[dict[str, Tensor], dict[str, int | None], int],
-    given: tuple[tuple[Any, ...], dict[str, Any]],
+    state: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
     inputs: Inputs,
     method: Method,
 ) -> Any:
-    """What several networks return."""
-    full, axes, size = states
-    leaves, spec = tree_flatten(given)
-    places = [k for k, x in enumerate(leaves) if _is_paired(x, inputs)]
-    _check_pairs([leaves[k] for k in places], size, inputs)
-    run = _Run(module, leaves, spec, places, single=inputs == "samples")
-    if method == "loop" or (method == "auto" and _needs_loop(module)):
-        return run.loop(full, axes, size)
-    if method == "vmap":
-        return run.together(full, axes)
-    before = buffers_of(module)
-    try:
-        return run.together(full, axes)
-    except (RuntimeError, NotImplementedError, ValueError):
-        put_back(before)
-        return run.loop(full, axes, size)
+    """As `call`, for states that a module may write into, as BatchNorm does into its statistics."""
+    if inputs not in INPUTS or method not in METHODS:
+        raise HyperError(
+            message("call: unknown option", expected=f"inputs in {INPUTS}, method in {METHODS}",
+                    got=f"inputs={inputs!r}, method={method!r}")
+        )  # fmt: skip
+    full, axes, size = _checked(module, state)
+    given: tuple[Any, ...] = tuple(args), dict(kwargs or {})
+    with _own_weights(module):
+        if size is None:
+            return functional_call(module, full, *given, tie_weights=False)
+        leaves, spec = tree_flatten(given)
+        places = [k for k, x in enumerate(leaves) if _is_paired(x, inputs)]
+        _check_pairs([leaves[k] for k in places], size, inputs)
+        run = _Run(module, leaves, spec, places, single=inputs == "samples")
+        if method == "loop" or (method == "auto" and _needs_loop(module)):
+            return run.loop(full, axes, size)
+        return run.together(full, axes, size if method == "auto" else None)
 
 
 class _Run:
     """A module and its inputs, to be run with several states."""
 
     def __init__(
-        self, module: nn.Module, leaves: _Leaves, spec: Any, places: list[int], *, single: bool
+        self, module: nn.Module, leaves: list[Any], spec: Any, places: list[int], *, single: bool
     ) -> None:
         self.module, self.leaves, self.spec = module, leaves, spec
         self.places, self.single = places, single
-        self.out: Any = None  # structure of the answer, and what in it is no tensor
+        self.answer = Answer(type(module).__name__, single=single)
+        self.padded = _padded(module)
 
     def one(self, state: Mapping[str, Tensor], paired: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the answer of one network."""
@@ -107,21 +112,46 @@ class _Run:
         for k, x in zip(self.places, paired, strict=True):
             leaves[k] = x[None] if self.single else x
         args, kwargs = tree_unflatten(leaves, self.spec)
-        answer = functional_call(self.module, dict(state), args, kwargs, tie_weights=False)
-        flat, spec = tree_flatten(answer)
-        self.out = spec, [None if isinstance(x, Tensor) else x for x in flat]
-        tensors = [x for x in flat if isinstance(x, Tensor)]
-        return [x[0] if x.dim() and len(x) == 1 else x for x in tensors] if self.single else tensors
+        own = dict(state)
+        for name, row in self.padded.items():
+            if name in own:
+                own[name] = _still(own[name], row)
+        return self.answer.tensors(
+            functional_call(self.module, own, args, kwargs, tie_weights=False)
+        )
 
-    def together(self, state: dict[str, Tensor], axes: dict[str, int | None]) -> Any:
-        """All networks at once."""
+    def together(self, state: dict[str, Tensor], axes: _Axes, loop: int | None) -> Any:
+        """All networks at once; where that fails, one after another if `loop` says how many."""
+        # what a failed attempt left in the module is taken back
+        buffers, attributes = buffers_of(self.module), attributes_of(self.module)
         paired = [self.leaves[k] for k in self.places]
         dims = (axes, [0] * len(paired))
-        with _batchable():
-            return self.answer(vmap(self.one, in_dims=dims, randomness="different")(state, paired))
+        try:
+            with _batchable():
+                found = vmap(self.one, in_dims=dims, randomness="different")(state, paired)
+            if not (kept := escaped(self.module)):
+                return self.answer.of(found)
+        except (RuntimeError, NotImplementedError, ValueError):
+            _take_back(buffers, attributes)
+            if loop is None:
+                raise
+            return self.loop(state, axes, loop)
+        except BaseException:
+            _take_back(buffers, attributes)
+            raise
+        _take_back(buffers, attributes)
+        if loop is None:
+            raise HyperError(
+                message(f"call: {type(self.module).__name__} keeps tensors of its run", got=kept,
+                        help='method="loop" runs one network after another')
+            )  # fmt: skip
+        return self.loop(state, axes, loop)
 
-    def loop(self, state: dict[str, Tensor], axes: dict[str, int | None], size: int) -> Any:
+    def loop(self, state: dict[str, Tensor], axes: _Axes, size: int) -> Any:
         """One network after another."""
+        self.answer = Answer(type(self.module).__name__, single=self.single)
+        if not size:
+            raise HyperError(message("call: no network to run", got="a batch of 0"))
         rows = [
             self.one(
                 {n: x if axes[n] is None else x[i] for n, x in state.items()},
@@ -129,25 +159,48 @@ class _Run:
             )
             for i in range(size)
         ]
-        return self.answer([torch.stack(column) for column in zip(*rows, strict=True)])
+        return self.answer.of([torch.stack(column) for column in zip(*rows, strict=True)])
 
-    def answer(self, tensors: Sequence[Tensor]) -> Any:
-        """The module's own structure around tensors."""
-        spec, rest = self.out
-        left = iter(tensors)
-        return tree_unflatten([next(left) if x is None else x for x in rest], spec)
+
+def _take_back(buffers: Any, attributes: Any) -> None:
+    put_attributes(attributes)
+    put_back(buffers)
+
+
+def _still(table: Tensor, row: int) -> Tensor:
+    """A table whose padding row has no gradient: the batching rule of `embedding` forgets it."""
+    mask = torch.zeros(table.shape[0], 1, dtype=torch.bool, device=table.device)
+    mask[row] = True
+    return torch.where(mask, table.detach(), table)
+
+
+def _padded(module: nn.Module) -> dict[str, int]:
+    """Tables of embeddings with a padding row, by name."""
+    return {
+        f"{path}.weight".removeprefix("."): m.padding_idx
+        for path, m in module.named_modules(remove_duplicate=False)
+        if isinstance(m, nn.Embedding) and m.padding_idx is not None
+    }
+
+
+def _unwritten(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with copies of what the module may write into: buffers, renormalised tables."""
+    written = {n for n, _ in module.named_buffers(remove_duplicate=False)}
+    for path, m in module.named_modules(remove_duplicate=False):
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None:
+            written.add(f"{path}.weight".removeprefix("."))
+    return {n: x.clone() if n in written else x for n, x in state.items()}
 
 
 def _checked(
     module: nn.Module, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, int | None], int | None]:
+) -> tuple[dict[str, Tensor], _Axes, int | None]:
     """The state with all tied names, the batch axis of every tensor, and the batch size."""
-    own = dict(module.named_parameters(remove_duplicate=False))
-    own |= cast(dict[str, Any], dict(module.named_buffers(remove_duplicate=False)))
+    own = _tensors_of(module)
     wrong: list[str] = []
     sizes: dict[int, str] = {}
     full: dict[str, Tensor] = {}
-    axes: dict[str, int | None] = {}
+    axes: _Axes = {}
     for name, x in state.items():
         if name not in own:
             wrong.append(f"{name!r}, which the module does not have")
@@ -164,23 +217,46 @@ def _checked(
         axes[name] = 0 if lead and not constant else None
     if len(sizes) > 1:
         wrong += [f"{name!r} with {n} networks" for n, name in sizes.items()]
+    if not wrong:
+        _add_ties(own, full, axes)
+        wrong = _one_name_each(module, full)
     if wrong:
         raise HyperError(
             message("call: the state does not fit the module", got=wrong,
                     help="one batch axis may lead, of one length for all tensors")
         )  # fmt: skip
-    _add_ties(own, full, axes)
-    return full, axes, next(iter(sizes), None)
+    return full, {n: axes[n] for n in full}, next(iter(sizes), None)
 
 
-def _add_ties(
-    own: Mapping[str, Tensor], full: dict[str, Tensor], axes: dict[str, int | None]
-) -> None:
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    own: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return own | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _add_ties(own: Mapping[str, Tensor], full: dict[str, Tensor], axes: _Axes) -> None:
     """Gives the other names of a tensor the value that one of them has."""
     by_id = {id(own[name]): name for name in full}
     for name, x in own.items():
         if name not in full and id(x) in by_id:
             full[name], axes[name] = full[by_id[id(x)]], axes[by_id[id(x)]]
+
+
+def _one_name_each(module: nn.Module, full: dict[str, Tensor]) -> list[str]:
+    """Leaves one name for each place of a tensor, as a part may have two; says what is wrong."""
+    # functional_call would put back, under the second name, what it had put under the first
+    parts = dict(module.named_modules(remove_duplicate=False))
+    first: dict[tuple[int, str], str] = {}
+    wrong: list[str] = []
+    for name in list(full):
+        path, _, last = name.rpartition(".")
+        other = first.setdefault((id(parts[path]), last), name)
+        if other == name:
+            continue
+        x, y = full.pop(name), full[other]
+        same = x is y or (x.shape == y.shape and x.data_ptr() == y.data_ptr())
+        if not same and not (x.shape == y.shape and torch.equal(x, y)):
+            wrong.append(f"{other!r} and {name!r}, one tensor of one part, with two values")
+    return wrong
 
 
 def _is_paired(x: Any, inputs: Inputs) -> bool:
@@ -201,10 +277,14 @@ def _check_pairs(tensors: Sequence[Tensor], size: int, inputs: Inputs) -> None:
 
 
 def _needs_loop(module: nn.Module) -> bool:
-    """Whether vmap is known to refuse the module: no need to try."""
+    """Whether vmap is known to refuse the module, or to answer otherwise: no need to try."""
     return any(
         isinstance(m, nn.RNNBase | nn.RNNCellBase)
         or (isinstance(m, BatchNorm) and m.training and m.track_running_stats)
+        or (
+            isinstance(m, nn.Embedding | nn.EmbeddingBag)
+            and (m.scale_grad_by_freq or m.sparse or m.max_norm is not None)
+        )
         for m in module.modules()
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wspace.action import State
 from wspace.errors import HyperError, message
-from wspace.hyper.call import Inputs, Method, call
+from wspace.hyper.call import Inputs, Method, run_networks
 from wspace.hyper.heads.head import Head
 from wspace.hyper.initialize import Scheme, centre, initialize
 from wspace.hyper.target import (
@@ -230,7 +230,7 @@ class HyperNetwork(nn.Module):
             As `run`.
         """
         state = {n: made[w.name] for w in self.weights for n in w.names}
-        return call(self.target, state, args, kwargs, inputs=inputs, method=method)
+        return run_networks(self.target, state, args, kwargs, inputs, method)
 
     # ------------------------------------------------------------------- deploying
 
