@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from datasets_zoo import architectures
 from datasets_zoo.experiments.genotypes import Genotype, GenotypeImages
-from wspace.hyper.graph import channel_diversity
+from wspace.hyper.graph import channel_diversity, save_ghn
 from wspace.lit.checkpoint import Checkpoints, SafeCheckpoints
 from wspace.lit.checkpoint import read as read_checkpoint
 from wspace.lit.hyper.graph import ParameterPrediction
@@ -62,10 +62,15 @@ def data_of(options: argparse.Namespace) -> GenotypeImages:
 
 
 class Log(Callback):
-    """A line for every epoch of a training."""
+    """A line for every epoch of a training, which ends early at a step."""
 
-    def __init__(self, name: str, out: Path) -> None:
-        self.name, self.out, self.begun = name, out, time.process_time()
+    def __init__(self, name: str, out: Path, stop: int) -> None:
+        self.name, self.out, self.stop = name, out, stop
+        self.begun = time.process_time()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        del pl_module
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.stop
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         del pl_module
@@ -93,7 +98,7 @@ def train(options: argparse.Namespace) -> None:
     trainer = Trainer(
         max_epochs=options.steps // EVERY, accelerator="cpu", logger=False,
         gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[keep, Log(options.name, options.out)], plugins=[SafeCheckpoints()],
+        callbacks=[keep, Log(options.name, options.out, options.stop or options.steps)], plugins=[SafeCheckpoints()],
     )  # fmt: skip
     trainer.fit(task, data_of(options), ckpt_path=str(last) if last.exists() else None)
 
@@ -244,6 +249,21 @@ def start(options: argparse.Namespace) -> None:
         })  # fmt: skip
 
 
+def ship(options: argparse.Namespace) -> None:
+    """Writes the hypernetwork of a training to a file, with a card."""
+    task = trained(options, options.name)
+    header, _ = read_checkpoint(options.runs / options.name / "last.safetensors")
+    seconds = [r["cpu_seconds"] for r in records_of(options, what="train", name=options.name)]
+    card = {
+        "data": "MNIST, training images but the last 1,000, averaged to 14 x 14, standardised",
+        "architectures": f"datasets_zoo.experiments.genotypes, {options.genotypes} of 'train'",
+        "steps": header["global_step"], "seed": options.seed, "cpu_seconds": max(seconds),
+        "training": header["hyper_parameters"],
+    }  # fmt: skip
+    save_ghn(task.ghn, options.file, card=card, half=True)
+    print(options.file, options.file.stat().st_size, json.dumps(card))
+
+
 def interval(values: list[float]) -> str:
     """Mean, and its 95 % interval: architectures are drawn 2,000 times."""
     if not values:
@@ -299,12 +319,13 @@ def show(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("what", choices=["train", "zero", "start", "show"])
+    options.add_argument("what", choices=["train", "zero", "start", "show", "ship"])
     options.add_argument("name", nargs="?", default="ghn", help="of a training")
     options.add_argument("--out", type=Path, default=Path("hyper_ghn.jsonl"))
     options.add_argument("--runs", type=Path, default=Path("runs_ghn"))
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--steps", type=int, default=3500)
+    options.add_argument("--steps", type=int, default=3000)
+    options.add_argument("--stop", type=int, default=0, help="step to end at; the rate stays as is")
     options.add_argument("--lr", type=float, default=2e-3)
     options.add_argument("--penalty", type=float, default=0.0)
     options.add_argument("--body", default="graphormer")
@@ -314,10 +335,11 @@ def main() -> None:
     options.add_argument("--meta-batch", type=int, default=4)
     options.add_argument("--tested", type=int, default=30, help="architectures of each regime")
     options.add_argument("--started", type=int, default=16, help="architectures to be trained")
+    options.add_argument("--file", type=Path, default=Path("ghn.safetensors"), help="to ship")
     options.add_argument("--budget", type=int, default=200, help="steps of these")
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    {"train": train, "zero": zero, "start": start, "show": show}[chosen.what](chosen)
+    {"train": train, "zero": zero, "start": start, "show": show, "ship": ship}[chosen.what](chosen)
 
 
 if __name__ == "__main__":

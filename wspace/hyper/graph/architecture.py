@@ -90,7 +90,7 @@ class _Node:
     at: int = 0
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=4096)
 def architecture_of(space: WeightSpace) -> ArchitectureGraph:
     """The graph of a space's architecture, made once.
 
