@@ -466,3 +466,46 @@ def test_generated_states_enter_metanets() -> None:
         call(target, moved, (x,), inputs="shared"),
         hyper.run(torch.tensor([0, 3]), x, inputs="shared"),
     )
+
+
+# -------------------------------------------------------------- roles of unusual modules
+
+
+class OwnNorm(nn.Module):
+    """A norm that is none of torch's, a gain, and a matrix that is multiplied from the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.matrix = nn.Parameter(torch.randn(6, 30))
+        self.act = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.scale
+        return self.act(x @ self.matrix) / self.temperature
+
+
+def test_scales_of_own_norms_begin_around_their_values() -> None:
+    state = hyper_of(OwnNorm()).cache(torch.arange(4))
+    assert float((state["scale"] - 1).abs().max()) < 0.1
+    assert float((state["temperature"] - 2).abs().max()) < 0.1
+    assert float((state["act.weight"] - 0.25).abs().max()) < 0.1
+
+
+def test_a_space_says_which_axis_is_summed() -> None:
+    target, x = OwnNorm(), torch.randn(200, 6)
+    space = wspace.trace(target, x)
+    plain, told = hyper_of(target), hyper_of(target, space=space)
+    found = {w.name: w for w in told.weights}["matrix"]
+    assert (found.fan_in, found.fan_out, found.axis) == (6, 30, 1)
+    guessed = {w.name: w for w in plain.weights}["matrix"]
+    assert (guessed.fan_in, guessed.axis) == (30, 0)  # without it, that of torch.nn.Linear
+
+
+def test_conv1d_of_transformers_is_known() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    found = {w.name: w for w in hyper_of(nn.Sequential(Conv1D(7, 5))).weights}
+    assert [(w.fan_in, w.fan_out, w.bias) for w in found.values()] == [(5, 7, True)] * 2
+    assert (found["0.weight"].axis, found["0.bias"].axis) == (1, 0)

@@ -96,8 +96,8 @@ def variances(weights: Sequence[Weight], scheme: Scheme) -> dict[str, float]:
             added to a base.
 
     Returns:
-        By name. Scales and shifts of norms vary by 0.01 around 1 and 0; entries of tables have
-        variance 1, as in `torch.nn.Embedding`.
+        By name. Scales and shifts of norms, and what is added otherwise (position embeddings), vary
+        by 0.01 (`centre`); entries of tables have variance 1, as in `torch.nn.Embedding`.
     """
     rule = _RULES.get(scheme, hyperfan_in)
     factor = RESIDUAL**2 if scheme == "residual" else 1.0
@@ -108,7 +108,7 @@ def _variance(w: Weight, rule: Callable[[Weight], float]) -> float:
     if w.role is Role.TABLE:
         return 1.0
     matrix = w.role is Role.MATRIX or (w.role is Role.OTHER and len(w.shape) >= 2)
-    if matrix or (w.role is Role.SHIFT and w.fan_in > 1):
+    if matrix or (w.role is Role.SHIFT and w.fan_in > 1 and len(w.shape) < 2):
         return rule(w)
     return SMALL**2
 
@@ -120,12 +120,15 @@ def centre(w: Weight) -> float:
         w: The weight.
 
     Returns:
-        1 for scales, 0 for all others but the lengths of a weight norm: these are what rows of the
-        variance of `hyperfan_in` have, whatever the scheme.
+        The mean of the target's own values for scales and other vectors that are not added (so 1
+        for a norm's, whoever wrote the norm), 0 for all others but the lengths of a weight norm:
+        these are what rows of the variance of `hyperfan_in` have, whatever the scheme.
     """
     if w.spans:
         return sqrt(w.spans * hyperfan_in(replace(w, role=Role.MATRIX)))
-    return 1.0 if w.role is Role.SCALE else 0.0
+    if w.role is Role.SCALE or (w.role is Role.OTHER and len(w.shape) < 2):
+        return w.mean if w.mean is not None else float(w.role is Role.SCALE)
+    return 0.0
 
 
 def initialize(head: Head, scheme: Scheme, *, generator: torch.Generator | None = None) -> None:

@@ -57,8 +57,11 @@ class Weight:
         layer: Qualified name of the module that owns it.
         ties: Its other names.
         dtype: Type of its entries.
-        axis: Dimension of its units: 0, but 1 in tables and transposed convolutions.
+        axis: Dimension of its units: 0, but 1 in tables, in transposed convolutions, and where the
+            space, or the class (`transformers.pytorch_utils.Conv1D`), says so.
         spans: For lengths of a weight norm, how many entries one is the length of; else 0.
+        mean: Of the target's own values, for vectors that are neither added nor looked up: about
+            this they are made where there is no base. None if it is not known.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Weight:
     dtype: torch.dtype = torch.float32
     axis: int = 0
     spans: int = 0
+    mean: float | None = None
 
     @property
     def numel(self) -> int:
@@ -244,28 +248,65 @@ def weights_of(
         )
     biases = {f.layer for f in found if "bias" in f.last}
     modules = dict(module.named_modules(remove_duplicate=False))
-    return tuple(_weight(f, modules[f.layer], biases, space) for f in found)
+    targets = {} if space is None else _targets(space)
+    first = {id(f.value): f.names[0] for f in parameters_of(module)}
+    made: list[Weight] = []
+    for f in found:
+        layer = modules[f.layer]
+        matrix = _matrix(f, layer)
+        dims = targets.get(first[id(matrix)]) if id(matrix) in first else None
+        turned = matrix is not None and _turned(layer, matrix, dims)
+        made.append(_weight(f, layer, f.layer in biases, space, turned=turned))
+    return tuple(made)
 
 
-def _weight(f: Found, layer: nn.Module, biases: set[str], space: WeightSpace | None) -> Weight:
+def _targets(space: WeightSpace) -> dict[str, set[int]]:
+    """Dimensions of each parameter that run over units that it writes, where the space knows."""
+    found: dict[str, set[int]] = {}
+    for block in () if space.wiring is None else space.wiring.blocks:
+        if block.param and block.source is not None:
+            dims = found.setdefault(block.param, set())
+            pairs = zip(block.of, block.roles, strict=True)
+            dims |= {d for d, role in pairs if d >= 0 and role in {"target", "both"}}
+    return found
+
+
+def _turned(layer: nn.Module, matrix: Tensor, targets: set[int] | None) -> bool:
+    """Whether the second dimension of a matrix, not the first, is that of its outputs."""
+    if isinstance(layer, _TABLES) or getattr(layer, "transposed", False):
+        return True
+    if matrix.dim() != 2:
+        return False
+    return targets == {1} if targets else type(layer).__name__ == "Conv1D"
+
+
+def _weight(
+    f: Found, layer: nn.Module, bias: bool, space: WeightSpace | None, *, turned: bool
+) -> Weight:
     role = _role(f, layer) if space is None else space[f.names[0]].role
     if role is Role.STATISTIC or (role is Role.OTHER and f.value.dim() >= 2):
         role = _role(f, layer)
-    turned = isinstance(layer, _TABLES) or getattr(layer, "transposed", False)
-    fan_in, fan_out = _fans(f, layer)
+    fan_in, fan_out = _fans(f, layer, turned=turned)
     return Weight(
         name=f.names[0],
         shape=tuple(f.value.shape),
         role=role,
         fan_in=fan_in,
         fan_out=fan_out,
-        bias=f.layer in biases,
+        bias=bias,
         layer=f.layer,
         ties=f.names[1:],
         dtype=f.value.dtype,
         axis=1 if turned and f.value.dim() >= 2 else 0,
         spans=_spans(f),
+        mean=_mean(f.value) if role in {Role.SCALE, Role.OTHER} and f.value.dim() < 2 else None,
     )
+
+
+def _mean(values: Tensor) -> float | None:
+    if values.is_meta or not values.numel() or not bool(values.isfinite().all()):
+        return None
+    return float(values.detach().mean())
 
 
 def _role(f: Found, layer: nn.Module) -> Role:
@@ -290,7 +331,7 @@ def _spans(f: Found) -> int:
     return inner.get_parameter("original1").numel() // max(1, f.value.numel())
 
 
-def _fans(f: Found, layer: nn.Module) -> tuple[int, int]:
+def _fans(f: Found, layer: nn.Module, *, turned: bool) -> tuple[int, int]:
     """Fan-in and fan-out of the layer that a parameter belongs to; (1, 1) if it has no matrix."""
     matrix = _matrix(f, layer)
     if matrix is None:
@@ -302,6 +343,8 @@ def _fans(f: Found, layer: nn.Module) -> tuple[int, int]:
     if getattr(layer, "transposed", False):  # (in, out / groups, taps); strides leave out taps
         conv = cast(Any, layer)
         return max(1, shape[0] * taps // (conv.groups * prod(conv.stride))), shape[1] * taps
+    if turned:
+        return shape[0], shape[1]
     groups = getattr(layer, "groups", 1) if len(shape) > 2 else 1
     packed = next((k for kind, k in _PACKED if isinstance(layer, kind)), 1)
     packed = packed if shape[0] % packed == 0 else 1
