@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=5)
     parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--per-round", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--kernels", type=int, default=4)
