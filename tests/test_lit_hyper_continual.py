@@ -316,7 +316,7 @@ def test_a_run_goes_on_as_it_was(tmp_path: Path, method: str, options: dict[str,
         ({"penalty": "states"}, "only 'recurrent'"),
         ({"tasks": 3}, "10 outputs"),
         ({"heads": "own"}, "own"),
-        ({"grow": 2}, "'recurrent' with"),
+        ({"grow": 2}, "only 'recurrent' with"),
         ({"head_options": {"size": 1}}, "ChunkedHead"),
     ],
 )

@@ -92,7 +92,7 @@ class Continual(HyperTask):
         tasks: int = 5,
         outputs: int = 10,
         heads: str = "split",
-        beta: float = 10.0,
+        beta: float = 0.01,
         penalty: str = "outputs",
         targets: str = "snapshot",
         subset: int | None = None,
@@ -110,18 +110,11 @@ class Continual(HyperTask):
         super().__init__(Optimization(lr=lr, weight_decay=0.0, warmup=0.0, last=1.0))
         self.save_hyperparameters({**options, "trust": list(trust)})
         self.automatic_optimization = False
-        _check(method, penalty, heads, tasks, outputs)
-        if grow < 0 or (grow and (method != "recurrent" or penalty == "ewc")):
-            what = "'recurrent' with a penalty on outputs or states"
-            raise HyperError(message("Continual: grow", expected=what, got=f"{grow}, {method!r}"))
+        _check(options)
         self.grow = grow
         self.method, self.kind, self.ahead, self.mask = method, penalty, ahead, mask
         self.tasks, self.examples = tasks, fisher
-        each = outputs // tasks
-        self.classes = [
-            range(i * each, (i + 1) * each) if heads == "split" else range(outputs)
-            for i in range(tasks)
-        ]
+        self.classes = _classes(heads, tasks, outputs)
         net = target_named(target, target_options, trust=trust)
         self.network: nn.Module = net
         if method in HEADS:
@@ -134,13 +127,17 @@ class Continual(HyperTask):
         )
         self.elastic = EWC(ewc, online=online)
         self.statistics = TaskStatistics(self.network)
-        self.register_buffer("finished", torch.zeros(tasks, dtype=torch.bool))
-        for i in range(tasks):  # so that weights in a file have what earlier tasks need
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is done yet."""
+        self.register_buffer("finished", torch.zeros(self.tasks, dtype=torch.bool))
+        for i in range(self.tasks):  # so that weights in a file have what earlier tasks need
             for k, x in enumerate(self.statistics.buffers()):
                 self.register_buffer(f"past_{i}_{k}", torch.zeros_like(x))
         self.task: int | None = None
         self.done: list[int] = []
-        self.matrix = torch.full((tasks, tasks), torch.nan)
+        self.matrix = torch.full((self.tasks, self.tasks), torch.nan)
         self.needed: dict[str, Tensor] = {}  # Fisher information of the present task
         self.first: dict[str, Tensor] = {}  # the first task's weights when it was done
         self._recent: list[tuple[Tensor, Tensor]] = []
@@ -476,14 +473,26 @@ def _states(hyper: nn.Module, conditions: Tensor) -> dict[str, Tensor]:
     return {"states": made.head.states(made.embed(conditions))}
 
 
-def _check(method: str, penalty: str, heads: str, tasks: int, outputs: int) -> None:
+def _classes(heads: str, tasks: int, outputs: int) -> list[range]:
+    """Outputs that each task uses."""
+    if heads == "shared":
+        return [range(outputs)] * tasks
+    each = outputs // tasks
+    return [range(i * each, (i + 1) * each) for i in range(tasks)]
+
+
+def _check(options: Mapping[str, Any]) -> None:
     bad: list[str] = []
+    method, penalty, grow = (options[name] for name in ("method", "penalty", "grow"))
+    heads, tasks, outputs = (options[name] for name in ("heads", "tasks", "outputs"))
     if method not in METHODS:
         bad.append(f"method {method!r}; there are {', '.join(METHODS)}")
     if penalty not in PENALTIES:
         bad.append(f"penalty {penalty!r}; there are {', '.join(PENALTIES)}")
     if penalty == "states" and method != "recurrent":
         bad.append(f"penalty 'states' with method {method!r}; only 'recurrent' has states")
+    if grow < 0 or (grow and (method != "recurrent" or penalty == "ewc")):
+        bad.append(f"grow {grow}; only 'recurrent' with a penalty on outputs or states grows")
     if heads not in {"split", "shared"} or tasks < 1 or (heads == "split" and outputs % tasks):
         bad.append(f"heads {heads!r} of {outputs} outputs for {tasks} tasks")
     if bad:
