@@ -98,7 +98,8 @@ def train(options: argparse.Namespace) -> None:
     trainer = Trainer(
         max_epochs=options.steps // EVERY, accelerator="cpu", logger=False,
         gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[keep, Log(options.name, options.out, options.stop or options.steps)], plugins=[SafeCheckpoints()],
+        callbacks=[keep, Log(options.name, options.out, options.stop or options.steps)],
+        plugins=[SafeCheckpoints()],
     )  # fmt: skip
     trainer.fit(task, data_of(options), ckpt_path=str(last) if last.exists() else None)
 
