@@ -9,6 +9,7 @@ from torch import Tensor
 
 from datasets_zoo.experiments.episodes import Episode, Episodes, Plan, Pool, distinct
 from wspace.errors import HyperError, ZooError
+from wspace.hyper import FullHead, HyperNetwork, TaskEmbedding
 from wspace.hyper.cells.fast_weights import CELLS, FastWeightLayer, FastWeightModel
 from wspace.hyper.cells.self_reference import SRWM, DeltaNet, FakeSR, FastWeightCell
 from wspace.testing import assert_close, assert_same
@@ -270,6 +271,21 @@ def test_heads_must_divide() -> None:
                 make(WIDTH, heads)
     with pytest.raises(HyperError, match="chunk is at least 1"):
         DeltaNet(WIDTH, chunk=0)
+
+
+@pytest.mark.parametrize("name", ["srwm", "srwm, autograd", "delta"])
+def test_initial_weights_can_be_generated(name: str) -> None:
+    """A hypernetwork makes the matrices that the cell begins with, for several tasks at once."""
+    cell = MAKERS[name]()
+    hyper = HyperNetwork(cell, TaskEmbedding(4, 3), FullHead())
+    tasks, x = torch.tensor([3, 1]), torch.randn(2, B, T, WIDTH)
+    y, state = hyper.run(tasks, x)
+    (grad,) = torch.autograd.grad(y.square().sum(), hyper.condition.parameters())
+    assert bool(grad[[1, 3]].any()) and not bool(grad[[0, 2]].any())
+    for i, task in enumerate(tasks):
+        with torch.no_grad():
+            cell.weight.copy_(hyper.generate(task)["weight"])
+            assert_close((y[i].detach(), state[i].detach()), cell(x[i]))
 
 
 # --- the stack ------------------------------------------------------------------------------------
