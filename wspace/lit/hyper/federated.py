@@ -107,44 +107,13 @@ class Federated(HyperTask):
     ) -> None:
         super().__init__(_made(Optimization, optimization))
         self.automatic_optimization = False
-        self.save_hyperparameters(_plain(locals()))
+        options = _plain(locals())
+        self.save_hyperparameters(options)
         self.local = _made(LocalTraining, local) or LocalTraining()
         self.tune, self.clip = tune, clip
         self.clients, self.seed, self.classes = clients, seed, classes
         self.traffic = (0, 0)
-        how: dict[str, Any] = {"width": width, "head": tuple(head), "base": base, "init": init}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            target = lenet(channels, size, classes, kernels=kernels, hidden=hidden, taps=taps)
-            if method == "local":
-                self.method: FederatedMethod = LocalOnly(target, clients, new_rounds)
-            elif method == "fedavg":
-                self.method = FedAvg(target)
-            elif method == "pfedhn":
-                server = self._server(target, how, standardise=False)
-                self.method = PFedHN(server, target, clients, new_rounds, new_lr, stream(seed, 1))
-            elif method == "pefll":
-                server = self._server(target, how, standardise=True)
-                images = ImageLabels(channels, size, classes, width, 2 * kernels)
-                describe = images if descriptor == "images" else Labels(classes, width)
-                self.method = PeFLL(server, target, describe, examples)
-            else:
-                raise HyperError(
-                    message(
-                        "Federated: no such method", expected=", ".join(METHODS), got=repr(method)
-                    )
-                )
-
-    def _server(self, target: nn.Module, how: dict[str, Any], *, standardise: bool) -> HyperServer:
-        return HyperServer(
-            target,
-            how["width"],
-            FullHead(how["head"]),
-            how["base"],
-            init=how["init"],
-            standardise=standardise,
-            generator=stream(self.seed, 0),
-        )
+        self.method = _method(options)
 
     # ------------------------------------------------------------------------- data
 
@@ -291,6 +260,38 @@ class Federated(HyperTask):
                         self.method.target, states, clients, part, masked=masked
                     ).float()
             return found
+
+
+def _method(o: dict[str, Any]) -> FederatedMethod:
+    """The method that options say, with its networks."""
+    name, width, seed = o["method"], o["width"], o["seed"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shape = (o["channels"], o["size"], o["classes"])
+        target = lenet(*shape, kernels=o["kernels"], hidden=o["hidden"], taps=o["taps"])
+        images = ImageLabels(*shape, width, 2 * o["kernels"])
+        describe = images if o["descriptor"] == "images" else Labels(o["classes"], width)
+    if name == "local":
+        return LocalOnly(target, o["clients"], o["new_rounds"])
+    if name == "fedavg":
+        return FedAvg(target)
+    if name not in METHODS:
+        raise HyperError(
+            message("Federated: no such method", expected=", ".join(METHODS), got=repr(name))
+        )
+    server = HyperServer(
+        target,
+        width,
+        FullHead(tuple(o["head"])),
+        o["base"],
+        init=o["init"],
+        standardise=name == "pefll",
+        generator=stream(seed, 0),
+    )
+    if name == "pefll":
+        return PeFLL(server, target, describe, o["examples"])
+    new = (o["clients"], o["new_rounds"], o["new_lr"])
+    return PFedHN(server, target, *new, generator=stream(seed, 1))
 
 
 def _changed(local: LocalTraining, **options: Any) -> LocalTraining:

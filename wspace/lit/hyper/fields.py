@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from wspace.action import State
 from wspace.errors import HyperError, message
-from wspace.hyper import FiLMHead, HyperNetwork
+from wspace.hyper import HyperNetwork
 from wspace.hyper.fields import (
     InitialField,
     PixelSensors,
@@ -93,14 +93,7 @@ class NeuralField(HyperTask):
         super().__init__(
             Optimization(**given) if given else cast("Optimization | None", optimization)
         )
-        if method not in METHODS or (method == "initial" and steps_on == "vector"):
-            raise HyperError(
-                message(
-                    "NeuralField: no such method",
-                    expected=f"{', '.join(METHODS)}; steps_on='vector' not with 'initial'",
-                    got=f"{method!r}, steps_on={steps_on!r}",
-                )
-            )
+        _check(method, steps_on)
         plain = {k: v for k, v in locals().items() if k not in {"self", "given", "__class__"}}
         plain |= {"optimization": asdict(self.optimization)}
         self.save_hyperparameters(
@@ -117,17 +110,7 @@ class NeuralField(HyperTask):
             self.initial = InitialField(self.field, inner_steps, step_lr, rule)
             self.log_sigma.requires_grad_(False)  # steps need no scale
         else:
-            condition = SensorEncoder(places, channels, width, encoder, generator=stream(seed, 1))
-            made = FiLMHead(**(head_options or {})) if method == "modulation" else None
-            self.hyper = HyperNetwork(
-                self.field,
-                condition,
-                made or head_named(head, head_options),
-                "trained",
-                init=cast(Any, init),
-                scale=scale,
-                generator=stream(seed, 2),
-            )
+            self.hyper = _hypernetwork(self.field, plain)
         self.field.requires_grad_(False)
 
     # ------------------------------------------------------------------------- fields
@@ -258,3 +241,30 @@ class NeuralField(HyperTask):
         states = self.adapted(batch.context, batch.readings, steps)
         with torch.no_grad():
             return {k: psnr(self.shown(states[k], batch.grid), batch.images) for k in steps}
+
+
+def _hypernetwork(field: SineField, o: dict[str, Any]) -> HyperNetwork:
+    """The hypernetwork that options say, around the field's initial weights."""
+    channels = field.layers[-1].get_parameter("weight").shape[0]
+    drawn = (stream(o["seed"], 1), stream(o["seed"], 2))
+    name = "FiLMHead" if o["method"] == "modulation" else o["head"]
+    return HyperNetwork(
+        field,
+        SensorEncoder(o["places"], channels, o["width"], o["encoder"], generator=drawn[0]),
+        head_named(name, o["head_options"]),
+        "trained",
+        init=o["init"],
+        scale=o["scale"],
+        generator=drawn[1],
+    )
+
+
+def _check(method: str, steps_on: str) -> None:
+    if method not in METHODS or (method == "initial" and steps_on == "vector"):
+        raise HyperError(
+            message(
+                "NeuralField: no such method",
+                expected=f"{', '.join(METHODS)}; steps_on='vector' not with 'initial'",
+                got=f"{method!r}, steps_on={steps_on!r}",
+            )
+        )
