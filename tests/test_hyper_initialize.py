@@ -63,6 +63,17 @@ CHANGES: dict[str, Callable[[], Head]] = {
     "unit": lambda: MaskHead(by="unit"),
 }
 HEADS = OWN | SHARED | CHANGES
+STEADY: dict[str, Callable[[], Head]] = {
+    "full": lambda: FullHead(steady=True),
+    "tensor": lambda: PerTensorHead(steady=True),
+    "low": lambda: LowRankHead(16, steady=True),
+}
+ONE_FACTOR = ("recurrent", "row")
+"""Heads in which one random factor, that of a map that all layers share, returns in every layer.
+
+Under the fan-out rule square layers have no bias, so that six layers multiply it by itself: its
+mean is then far above 1 (a factor of deviation 0.3 has a sixth power of mean 3.8). The biases of
+the other rules hold it in check."""
 SCHEMES: tuple[Scheme, ...] = (
     "hyperfan_in",
     "hyperfan_out",
@@ -241,21 +252,28 @@ def test_activations_keep_their_size(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("net", [mlp, convolutions])
 @pytest.mark.parametrize("name", HEADS)
-def test_activations_keep_their_size_under_every_rule(name: str) -> None:
-    x = torch.randn(64, 30)
+def test_activations_keep_their_size_under_every_rule(
+    name: str, net: Callable[[], nn.Sequential]
+) -> None:
+    x = torch.randn(32, 30) if net is mlp else torch.randn(4, 3, 6, 6)
     for scheme in SCHEMES:
-        found = ratios(mlp, HEADS[name], scheme, x, 16)
+        if scheme == "hyperfan_out" and name in ONE_FACTOR:
+            continue
+        head = (STEADY if scheme == "hyperfan_out" else HEADS).get(name, HEADS[name])
+        found = ratios(net, head, scheme, x, 8)
         assert found.min() > 0.5 and found.max() < 2, (scheme, found)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HEADS)
-def test_activations_keep_their_size_in_convolutions(name: str) -> None:
-    x = torch.randn(4, 3, 6, 6)
-    for scheme in SCHEMES:
-        found = ratios(convolutions, HEADS[name], scheme, x, 8)
-        assert found.min() > 0.5 and found.max() < 2, (scheme, found)
+def test_steady_heads_give_all_conditions_one_size() -> None:
+    cond, sizes = torch.arange(32), []
+    for steady in (True, False):
+        hyper = HyperNetwork(mlp(depth=2), TaskEmbedding(32, 8), FullHead(steady=steady))
+        made = hyper.generate(cond)["2.weight"].detach()
+        sizes.append(made.square().mean((1, 2)) * 64)
+    assert (sizes[0] - 1).abs().max() < 0.1
+    assert (sizes[1] - 1).abs().max() > 0.2  # the control
 
 
 @pytest.mark.parametrize("scheme", ["hyperfan_in", "residual", "bias"])

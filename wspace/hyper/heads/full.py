@@ -15,6 +15,8 @@ class FullHead(RowsHead):
 
     Args:
         hidden: Widths of the layers before the last map; empty for a linear hypernetwork.
+        steady: Whether what the last map sees is brought to one length, so that all conditions
+            begin with weights of one size.
     """
 
     def pieces(self) -> list[tuple[int, ...]]:

@@ -23,10 +23,13 @@ class LowRankHead(RowsHead):
     Args:
         rank: Columns of the factors.
         hidden: Widths of the layers before the last map.
+        steady: As in `FullHead`.
     """
 
-    def __init__(self, rank: int = 4, hidden: Sequence[int] = (100,)) -> None:
-        super().__init__(hidden)
+    def __init__(
+        self, rank: int = 4, hidden: Sequence[int] = (100,), *, steady: bool = False
+    ) -> None:
+        super().__init__(hidden, steady=steady)
         if rank < 1:
             raise HyperError(
                 message("hypernetwork: LowRankHead needs a rank", expected="1 or more",

@@ -21,11 +21,14 @@ class PerTensorHead(Head):
     Args:
         hidden: Widths of the shared layers.
         own: Widths of each tensor's own layers, which are computed together.
+        steady: As in `FullHead`; behind the shared layers.
     """
 
-    def __init__(self, hidden: Sequence[int] = (100,), *, own: Sequence[int] = ()) -> None:
+    def __init__(
+        self, hidden: Sequence[int] = (100,), *, own: Sequence[int] = (), steady: bool = False
+    ) -> None:
         super().__init__()
-        self.hidden, self.own = tuple(hidden), tuple(own)
+        self.hidden, self.own, self.steady = tuple(hidden), tuple(own), steady
 
     def build(self, generator: torch.Generator | None) -> None:
         """Makes the layers.
@@ -43,6 +46,8 @@ class PerTensorHead(Head):
             )  # fmt: skip
         sizes, k = [self.width, *self.hidden], len(self.weights)
         self.trunk = perceptron(sizes, generator)
+        if self.steady:
+            self.trunk.append(nn.RMSNorm(sizes[-1], elementwise_affine=False))
         every = [sizes[-1], *self.own]
         rectified = bool(self.hidden)
         self.inner = nn.ParameterList()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import prod, sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wspace.errors import HyperError, message
 from wspace.hyper.heads.head import Head, linear, normal_vectors, perceptron
@@ -15,11 +15,13 @@ class RowsHead(Head):
 
     Args:
         hidden: Widths of the layers before the last map; empty for a linear hypernetwork.
+        steady: Whether what the last map sees is brought to one length, so that all conditions
+            begin with weights of one size.
     """
 
-    def __init__(self, hidden: Sequence[int] = (100,)) -> None:
+    def __init__(self, hidden: Sequence[int] = (100,), *, steady: bool = False) -> None:
         super().__init__()
-        self.hidden = tuple(hidden)
+        self.hidden, self.steady = tuple(hidden), steady
 
     def pieces(self) -> list[tuple[int, ...]]:
         """Shapes of what the last map makes, in order."""
@@ -44,6 +46,8 @@ class RowsHead(Head):
         self.shapes, self.inputs = self.pieces(), self.width
         sizes = [self.width, *self.hidden]
         self.trunk = perceptron(sizes, generator)
+        if self.steady:
+            self.trunk.append(nn.RMSNorm(sizes[-1], elementwise_affine=False))
         total = sum(map(prod, self.shapes))
         self.last = linear(sizes[-1], total, 1 / sizes[-1], generator)
 
