@@ -9,9 +9,11 @@ import torch
 from cases import CASES
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 import wspace
 from datasets_zoo import architectures as zoo
+from datasets_zoo.images import standardised
 from wspace.errors import CheckpointError, HyperError, SpaceMismatch
 from wspace.hyper.graph import (
     GraphHyperNetwork,
@@ -475,3 +477,24 @@ def test_files(tmp_path: Any) -> None:
         load_ghn(tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match="or a name"):
         load_ghn("ghn-huge")
+
+
+@torch.no_grad()
+def test_the_shipped_one_predicts_networks_that_recognise_digits() -> None:
+    """Architectures, and even a data set, that it was not trained on."""
+    data = standardised("digits")
+    x = F.interpolate(data.test_x, size=10, mode="bilinear")
+    x = F.pad(x, (2, 2, 2, 2), value=float(data.test_x.min()))  # as MNIST has digits
+    x = (x - x.mean()) / x.std()
+    nets = [
+        zoo.resnet(1, (12, 20), stem=2),
+        zoo.plain(1, (14, 18, 26), (2, 1, 2)),
+        zoo.mlp(196, (40,)),
+    ]
+    ghn, right = load_ghn("ghn-small"), []
+    for net in nets:
+        state = state_of(ghn, wspace.trace(net.eval(), x[:2]))
+        answers = functional_call(net.train(), state, (x,)).argmax(-1)
+        right.append(float((answers == data.test_y).float().mean()))
+    assert sum(right) / len(right) > 0.4, right
+    assert ghn_card("ghn-small")["seed"] == 0

@@ -11,7 +11,7 @@ from wspace.errors import CheckpointError, HyperError, message
 from wspace.hyper.graph.network import GraphHyperNetwork
 
 TRAINED = Path(__file__).parent.parent / "trained"
-SHIPPED: tuple[str, ...] = ()
+SHIPPED: tuple[str, ...] = ("ghn-small",)
 """Names that `load_ghn` knows."""
 FORMAT = "wspace-ghn-1"
 
