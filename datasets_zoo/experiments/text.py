@@ -92,7 +92,7 @@ class TextData(LightningDataModule):
         >>> data.setup("fit")
         >>> x, y = data.parts["train"][0]
         >>> data.tokenizer.decode(x[0]), data.vocabulary
-        ('The Zen of Pytho', 38)
+        ('The Zen of Pytho', 45)
     """
 
     def __init__(
