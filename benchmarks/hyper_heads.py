@@ -36,6 +36,7 @@ BATCH = 64
 HEADS: dict[str, Callable[[], Head]] = {
     "FullHead()": FullHead,
     "FullHead([])": partial(FullHead, []),
+    "FullHead(steady=True)": partial(FullHead, steady=True),
     "PerTensorHead()": PerTensorHead,
     "PerTensorHead(own=[50])": partial(PerTensorHead, own=[50]),
     "ChunkedHead(1000)": partial(ChunkedHead, 1000),
@@ -46,6 +47,7 @@ HEADS: dict[str, Callable[[], Head]] = {
         ComponentHead, [200], embedding=64, by="row"
     ),
     "LowRankHead(16)": partial(LowRankHead, 16),
+    "LowRankHead(16, steady=True)": partial(LowRankHead, 16, steady=True),
     "FiLMHead()": FiLMHead,
     "MaskHead()": MaskHead,
     "MaskHead(hard=True)": partial(MaskHead, hard=True),

@@ -1,12 +1,12 @@
 """`RecurrentHead`: chunks of weights one after another, each of which knows those before it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from wspace.errors import HyperError, message
-from wspace.hyper.heads.head import Head, linear, split
+from wspace.hyper.heads.head import Head, linear, normal_vectors, set_apart, split
 
 
 class RecurrentHead(Head):
@@ -103,6 +103,19 @@ class RecurrentHead(Head):
         self.units.append(new)
         self.hidden += count
         return list(new.parameters())
+
+    def reset(self, variances: Mapping[str, float], generator: torch.Generator | None) -> None:
+        """Sets chunks apart from each other, and gains so that variances are as given.
+
+        Args:
+            variances: Second moment of the entries of every weight, by name.
+            generator: Source of randomness.
+        """
+        with torch.no_grad():
+            e = normal_vectors(self, self.width, generator)[:64]
+            for units, seen in zip(self._units, self._states(e), strict=True):
+                set_apart(units.leave, seen.movedim(0, -2))
+        super().reset(variances, generator)
 
     def silence(self) -> None:
         """Sets the output map to zero."""
