@@ -340,11 +340,14 @@ def test_bases() -> None:
         (given, other),
     ):
         assert_same(hyper.cache(0), dict(expected))
-    assert not any(p.requires_grad for p in frozen.base)
-    assert all(p.requires_grad for p in trained.base)
-    assert target[0].weight is not trained.base[0]  # a copy: training it does not move the target
+    frozen.requires_grad_(True)  # as whoever unfreezes everything does
+    assert not any(p.requires_grad for p in frozen.base.values())
+    assert all(p.requires_grad for p in trained.base.values())
+    assert (
+        target[0].weight is not trained.base.values()[0]
+    )  # a copy: training it does not move the target
     trained.run(0, torch.randn(5, 3)).sum().backward()
-    assert all(p.grad is not None for p in trained.base)
+    assert all(p.grad is not None for p in trained.base.values())
 
 
 def test_parameters_counted() -> None:
@@ -509,3 +512,55 @@ def test_conv1d_of_transformers_is_known() -> None:
     found = {w.name: w for w in hyper_of(nn.Sequential(Conv1D(7, 5))).weights}
     assert [(w.fan_in, w.fan_out, w.bias) for w in found.values()] == [(5, 7, True)] * 2
     assert (found["0.weight"].axis, found["0.bias"].axis) == (1, 0)
+
+
+# ------------------------------------------------------------------------ wrong parts
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: HyperNetwork(net(), TaskEmbedding(2, 3), FullHead), "head=<class"),
+        (
+            lambda: HyperNetwork(net(), nn.Linear(3, 4), FullHead()),
+            "condition=Linear, expected a m",
+        ),
+        (lambda: hyper_of(net(), scale=float("nan")), "scale=nan, expected a finite number"),
+        (lambda: hyper_of(net(), base=net()), "the base is no state"),
+        (lambda: hyper_of(net(), select=3), "select takes no such thing"),
+        (lambda: hyper_of(net(), select=["*.weight", None]), "select takes no such thing"),
+        (lambda: hyper_of(net()).cache(), "TaskEmbedding needs a condition"),
+    ],
+)
+def test_wrong_parts_are_named(build: Any, match: str) -> None:
+    with pytest.raises(HyperError, match=match):
+        build()
+
+
+def test_write_to_minds_the_module() -> None:
+    hyper = hyper_of(net())
+    with pytest.raises(HyperError, match=r"'0\.weight' on the meta device"):
+        hyper.write_to(net().to("meta"), 1)
+    large, half = hyper_of(net(), scale=1e6), net().half()
+    before = copy.deepcopy(dict(half.state_dict()))
+    with pytest.raises(HyperError, match="values that are not finite"):
+        large.write_to(half, 1)
+    assert_same(dict(half.state_dict()), before)
+    untied = Tied()
+    untied.second = nn.Linear(5, 5)
+    with pytest.raises(HyperError, match=r"'first\.weight' and 'second\.weight', which it ties"):
+        hyper_of(untied).write_to(Tied(), 0)
+
+
+def test_cached_ties_share_one_tensor() -> None:
+    state = hyper_of(Tied(), select="norm.*").cache(0)
+    assert state["first.weight"] is state["second.weight"]
+
+
+def test_nothing_of_the_placeholders_is_a_buffer() -> None:
+    """Distributed training broadcasts buffers, which tensors without memory do not bear."""
+    hyper = hyper_of(net(), base="frozen", init="residual")
+    assert all(x.is_contiguous() for x in hyper.buffers())
+    assert not list(hyper.target.buffers()) and not list(hyper.target.parameters())
+    assert hyper.double().cache(1)["0.weight"].dtype == torch.float64
+    assert hyper.half().cache(1)["0.weight"].dtype == torch.float16

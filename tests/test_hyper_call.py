@@ -178,3 +178,88 @@ def test_options_and_empty_batches() -> None:
     assert call(module, stacked(module, 0), (torch.randn(0, 5, 3),)).shape == (0, 5, 2)
     one = call(module, stacked(module, 1), (torch.randn(1, 5, 3),))
     assert one.shape == (1, 5, 2)
+
+
+class Logging(nn.Module):
+    """Appends its answers to a list, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.log, self.calls = nn.Linear(3, 2), list[Tensor](), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.log.append(self.layer(x))
+        return self.log[-1]
+
+
+def test_lists_of_a_module_hold_no_dead_tensors() -> None:
+    module, x = Logging(), torch.randn(5, 3)
+    state = stacked(module, 4)
+    found = call(module, state, (x,), inputs="shared")
+    assert module.calls == len(module.log) == 4
+    assert_close(torch.stack(module.log), found)
+    with pytest.raises(HyperError, match=r"Logging keeps tensors of its run(.|\n)*log"):
+        call(module, state, (x,), inputs="shared", method="vmap")
+    assert module.calls == len(module.log) == 4
+
+
+class Dropping(nn.Module):
+    """Draws, and then branches on a value, which vmap refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.dropout(self.layer(x), 0.5, training=True)
+        return y if y.sum() > 0 else -y
+
+
+def test_an_attempt_draws_no_random_numbers() -> None:
+    module, x = Dropping(), torch.randn(5, 3)
+    state = stacked(module, 4)
+    torch.manual_seed(5)
+    found = call(module, state, (x,), inputs="shared")
+    torch.manual_seed(5)
+    assert torch.equal(found, call(module, state, (x,), inputs="shared", method="loop"))
+
+
+def test_large_buffers_are_not_copied() -> None:
+    module = nn.Linear(3, 2)
+    module.register_buffer("mask", torch.zeros(300, 300))
+    state = {**stacked(module, 4), "mask": module.mask.expand(4, 300, 300)}
+    seen: list[int] = []
+    module.register_forward_pre_hook(lambda m, _: seen.append(m.mask.data_ptr()))
+    call(module, state, (torch.randn(5, 3),), inputs="shared", method="loop")
+    assert set(seen) == {module.mask.data_ptr()}
+
+
+def test_checkpointing_inside_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(3, 2))
+    module.gradient_checkpointing = True  # type: ignore[assignment]
+    state = {n: x.detach() for n, x in module.named_parameters()}
+    with pytest.raises(HyperError, match="activation checkpointing inside of a module"):
+        call(module, state, (torch.randn(5, 3),))
+    call(module.eval(), state, (torch.randn(5, 3),))
+
+
+def test_ragged_answers_are_refused() -> None:
+    class Ragged(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            y = super().forward(input)
+            return y[y[:, 0] > 0]
+
+    module, x = Ragged(3, 2), torch.randn(50, 3)
+    with pytest.raises(HyperError, match="answers of Ragged differ in shape"):
+        call(module, stacked(module, 4), (x,), inputs="shared")
+
+
+def test_parameters_may_be_given() -> None:
+    hyper = HyperNetwork(nn.Linear(3, 2), TaskEmbedding(3, 2), FullHead([8]))
+    made = {n: nn.Parameter(x.detach().clone()) for n, x in hyper.generate(1).items()}
+    y = hyper.run_with(made, torch.randn(5, 3))
+    y.sum().backward()
+    assert made["weight"].grad is not None
+    assert not dict(hyper.target.named_parameters())
+    assert hyper.target.weight.isnan().all()

@@ -47,6 +47,7 @@ def hyper_options(it: argparse.ArgumentParser) -> None:
     sub.add_argument("ckpt", metavar="CKPT", help="what `wspace fit` wrote")
     sub.add_argument("--cond", type=int, metavar="N", help="number of the task or client")
     sub.add_argument("--out", metavar="FILE", required=True, help="checkpoint to write")
+    _trust_option(sub)
     sub = command("predict", _predict, "predict the parameters of a model from its graph")
     sub.add_argument("ref", metavar="REF", help="model reference, as for `wspace inspect`")
     ghn = "graph hypernetwork: a name, or what `wspace fit` or `save_ghn` wrote"
@@ -59,6 +60,17 @@ def hyper_options(it: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--inputs", metavar="SIZES", action="append", default=[],
                      help="example input, as 2x3x32x32 or int:2x9; once for each")  # fmt: skip
+    _trust_option(sub)
+
+
+def _trust_option(it: argparse.ArgumentParser) -> None:
+    it.add_argument(
+        "--trust",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="import factories that the checkpoint names from this package; once for each",
+    )
 
 
 def _show(args: argparse.Namespace, out: Console) -> int:
@@ -101,7 +113,7 @@ def _generate(args: argparse.Namespace, out: Console) -> int:
     target = Path(args.out)
     if target.resolve() == Path(args.ckpt).resolve():
         raise HyperError(message(f"generate: {target} would be written over", help="another --out"))
-    task = load_hyper(args.ckpt)
+    task = load_hyper(args.ckpt, trust=args.trust)
     state = generate(task, args.cond)
     save_checkpoint(state, target)
     entries = sum(x.numel() for x in state.values())
@@ -114,7 +126,7 @@ def _predict(args: argparse.Namespace, out: Console) -> int:
     from wspace.cli.subject import open_subject
     from wspace.hyper.graph import predict_into
 
-    ghn = _graph_hypernetwork(args.ghn)
+    ghn = _graph_hypernetwork(args.ghn, args.trust)
     subject = open_subject(args.ref, inputs=args.inputs)
     if subject.module is None or subject.space is None:
         raise HyperError(
@@ -129,7 +141,7 @@ def _predict(args: argparse.Namespace, out: Console) -> int:
     return 0
 
 
-def _graph_hypernetwork(name: str) -> "GraphHyperNetwork":
+def _graph_hypernetwork(name: str, trust: Sequence[str]) -> "GraphHyperNetwork":
     """A graph hypernetwork by name, or from a file of `save_ghn` or `wspace fit`."""
     from wspace.hyper.graph import GraphHyperNetwork, load_ghn
     from wspace.lit.checkpoint import FORMAT
@@ -138,7 +150,7 @@ def _graph_hypernetwork(name: str) -> "GraphHyperNetwork":
     path = Path(name)
     if not path.is_file() or notes_of(path).get("format") != FORMAT:
         return load_ghn(name)
-    found = [m for m in load_hyper(path).modules() if isinstance(m, GraphHyperNetwork)]
+    found = [m for m in load_hyper(path, trust=trust).modules() if isinstance(m, GraphHyperNetwork)]
     if not found:
         raise HyperError(message(f"predict: {name} has no graph hypernetwork"))
     return found[0]

@@ -7,7 +7,7 @@ together is in `answer`.
 """
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,8 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from wspace.errors import HyperError, message
-from wspace.hyper.answer import Answer, attributes_of, escaped, put_attributes
-from wspace.restore import buffers_of, put_back
+from wspace.hyper.answer import (
+    LARGE,
+    Answer,
+    attributes_of,
+    escaped,
+    put_attributes,
+    put_values,
+    values_of,
+)
 
 Inputs = Literal["paired", "shared", "samples"]
 Method = Literal["auto", "vmap", "loop"]
@@ -54,7 +61,8 @@ def call(
         method: ``"vmap"`` runs all networks at once, ``"loop"`` one after another; ``"auto"``
             falls back to the loop for fused recurrent layers, for BatchNorm that updates
             statistics, where vmap raises, and where the module keeps tensors of its run. Dropout
-            differs between networks in both.
+            differs between networks in both. Forward hooks that keep tensors need ``"loop"``, and
+            what a module counts is counted once by vmap.
 
     Returns:
         The module's answer; for a batch, every tensor of it with B in front (with ``"samples"``
@@ -81,9 +89,10 @@ def run_networks(
             message("call: unknown option", expected=f"inputs in {INPUTS}, method in {METHODS}",
                     got=f"inputs={inputs!r}, method={method!r}")
         )  # fmt: skip
-    full, axes, size = _checked(module, state)
+    _check_checkpointing(module)
     given: tuple[Any, ...] = tuple(args), dict(kwargs or {})
-    with _own_weights(module):
+    with _placed(module, state), _own_weights(module):
+        full, axes, size = _checked(module, _renormalised(module, state))
         if size is None:
             return functional_call(module, full, *given, tie_weights=False)
         leaves, spec = tree_flatten(given)
@@ -123,7 +132,7 @@ class _Run:
     def together(self, state: dict[str, Tensor], axes: _Axes, loop: int | None) -> Any:
         """All networks at once; where that fails, one after another if `loop` says how many."""
         # what a failed attempt left in the module is taken back
-        buffers, attributes = buffers_of(self.module), attributes_of(self.module)
+        attempt = _Attempt(self.module)
         paired = [self.leaves[k] for k in self.places]
         dims = (axes, [0] * len(paired))
         try:
@@ -132,14 +141,14 @@ class _Run:
             if not (kept := escaped(self.module)):
                 return self.answer.of(found)
         except (RuntimeError, NotImplementedError, ValueError):
-            _take_back(buffers, attributes)
+            attempt.undo()
             if loop is None:
                 raise
             return self.loop(state, axes, loop)
         except BaseException:
-            _take_back(buffers, attributes)
+            attempt.undo()
             raise
-        _take_back(buffers, attributes)
+        attempt.undo()
         if loop is None:
             raise HyperError(
                 message(f"call: {type(self.module).__name__} keeps tensors of its run", got=kept,
@@ -159,12 +168,24 @@ class _Run:
             )
             for i in range(size)
         ]
-        return self.answer.of([torch.stack(column) for column in zip(*rows, strict=True)])
+        return self.answer.stacked(rows)
 
 
-def _take_back(buffers: Any, attributes: Any) -> None:
-    put_attributes(attributes)
-    put_back(buffers)
+class _Attempt:
+    """What a module is like before a vectorised run, and the state of the random generators."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.values, self.attributes = values_of(module), attributes_of(module)
+        devices = {x.device for x in module.parameters() if x.device.type == "cuda"}
+        self.random = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+
+    def undo(self) -> None:
+        """Takes back what the run did."""
+        put_attributes(self.attributes)
+        put_values(self.values)
+        torch.set_rng_state(self.random[0])
+        for device, state in self.random[1].items():
+            torch.cuda.set_rng_state(state, device)
 
 
 def _still(table: Tensor, row: int) -> Tensor:
@@ -184,12 +205,34 @@ def _padded(module: nn.Module) -> dict[str, int]:
 
 
 def _unwritten(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with copies of what the module may write into: buffers, renormalised tables."""
-    written = {n for n, _ in module.named_buffers(remove_duplicate=False)}
-    for path, m in module.named_modules(remove_duplicate=False):
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None:
-            written.add(f"{path}.weight".removeprefix("."))
-    return {n: x.clone() if n in written else x for n, x in state.items()}
+    """The state with copies of buffers that the module may write into: all but large ones."""
+    own = dict(module.named_buffers(remove_duplicate=False))
+    copied = {n for n, x in own.items() if x.numel() <= LARGE}
+    return {n: x.clone() if n in copied else x for n, x in state.items()}
+
+
+def _renormalised(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with copies of tables that embeddings with a `max_norm` write into."""
+    tables = {
+        f"{path}.weight".removeprefix(".")
+        for path, m in module.named_modules(remove_duplicate=False)
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
+    }
+    return {n: x.clone() if n in tables else x for n, x in state.items()}
+
+
+def _check_checkpointing(module: nn.Module) -> None:
+    """Refuses modules that compute activations anew on the way back, when weights are gone."""
+    wrong = [
+        path or type(module).__name__
+        for path, m in module.named_modules()
+        if m.training and getattr(m, "gradient_checkpointing", False) is True
+    ]
+    if wrong and torch.is_grad_enabled():
+        raise HyperError(
+            message("call: activation checkpointing inside of a module with weights from outside",
+                    got=wrong[:4], help="turn it off in the module, and checkpoint around the call")
+        )  # fmt: skip
 
 
 def _checked(
@@ -253,10 +296,16 @@ def _one_name_each(module: nn.Module, full: dict[str, Tensor]) -> list[str]:
         if other == name:
             continue
         x, y = full.pop(name), full[other]
-        same = x is y or (x.shape == y.shape and x.data_ptr() == y.data_ptr())
-        if not same and not (x.shape == y.shape and torch.equal(x, y)):
+        if x is not y and not _alike(x, y):
             wrong.append(f"{other!r} and {name!r}, one tensor of one part, with two values")
     return wrong
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    try:
+        return x.shape == y.shape and (x.data_ptr() == y.data_ptr() or torch.equal(x, y))
+    except RuntimeError:  # values cannot be looked at inside of a transform
+        return x.shape == y.shape
 
 
 def _is_paired(x: Any, inputs: Inputs) -> bool:
@@ -301,6 +350,28 @@ def _batchable() -> Generator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _placed(module: nn.Module, names: Iterable[str]) -> Generator[None]:
+    """Placeholders (`wspace.hyper.target.skeleton`) are buffers while the module runs.
+
+    Some modules move themselves in their forward pass, which reaches parameters and buffers only.
+    """
+    parts = dict(module.named_modules(remove_duplicate=False))
+    moved: list[tuple[dict[str, Any], str, Tensor]] = []
+    for name in names:
+        path, _, last = name.rpartition(".")
+        own = parts[path].__dict__ if path in parts else {}
+        if isinstance(own.get(last), Tensor):
+            moved.append((own, last, own.pop(last)))
+            own["_buffers"][last] = moved[-1][2]
+    try:
+        yield
+    finally:
+        for own, last, x in moved:
+            own["_buffers"].pop(last, None)
+            own[last] = x
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """`HyperNetwork`: weights of any module, from a condition."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, cast
+from math import isfinite
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from wspace.action import State
 from wspace.errors import HyperError, message
 from wspace.hyper.call import Inputs, Method, run_networks
+from wspace.hyper.condition import Noise
 from wspace.hyper.heads.head import Head
 from wspace.hyper.initialize import Scheme, centre, initialize
 from wspace.hyper.target import (
@@ -16,7 +18,6 @@ from wspace.hyper.target import (
     Select,
     Weight,
     parameters_of,
-    placeholder,
     selected,
     skeleton,
     weights_of,
@@ -44,7 +45,8 @@ class HyperNetwork(nn.Module):
         select: Parameters that are generated (`wspace.hyper.target.Select`).
         share: Of the rest, parameters that are trained; None for none.
         init: Variances to begin with (`wspace.hyper.initialize`).
-        scale: Factor of what is made; 0 gives the base exactly.
+        scale: Factor of what is made; 0 gives the base exactly. An option, as those of the head:
+            it is not in the ``state_dict``.
         space: Weight space of the target, for the roles of its parameters; without it they follow
             from the modules that own them.
         generator: Source of randomness.
@@ -84,6 +86,7 @@ class HyperNetwork(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        width = _width(head, condition, scale)
         chosen, shared = _chosen(target, select, share)
         self.weights = weights_of(target, chosen, space)
         values = _values(target, self.weights, base)
@@ -93,17 +96,15 @@ class HyperNetwork(nn.Module):
         self.target = skeleton(target, self.weights, shared)
         self._order = [n for n, x in target.state_dict().items() if isinstance(x, Tensor)]
         self.condition = condition
-        head.bind(
-            self.weights, 0 if condition is None else int(cast(Any, condition).width), generator
-        )
+        head.bind(self.weights, width, generator)
         self.head = head
-        self.base = None
-        if values is not None:
-            trained = base == "trained"
-            self.base = nn.ParameterList(nn.Parameter(x, requires_grad=trained) for x in values)
+        self.base = None if values is None else _Base(values, trained=base == "trained")
         initialize(head, init, generator=generator)
         like = target.get_parameter(self.weights[0].name)
         head.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        if condition is not None:
+            condition.to(like.device)
+        self._types = _Types({w.dtype for w in self.weights})
 
     # ----------------------------------------------------------------- generating
 
@@ -125,6 +126,10 @@ class HyperNetwork(nn.Module):
                     message("hypernetwork: there is no condition", got=f"{type(cond).__name__}")
                 )
             return self.head.gains[:0]
+        if cond is None and not isinstance(self.condition, Noise):
+            raise HyperError(
+                message(f"hypernetwork: {type(self.condition).__name__} needs a condition")
+            )
         return self.condition() if cond is None else self.condition(cond)
 
     def generate(self, cond: Any = None) -> dict[str, Tensor]:
@@ -149,12 +154,12 @@ class HyperNetwork(nn.Module):
         """
         base = None
         if self.base is not None:
-            base = dict(zip((w.name for w in self.weights), self.base, strict=True))
+            base = dict(zip((w.name for w in self.weights), self.base.values(), strict=True))
         made = self.head(e.to(self.head.gains.dtype), base, self.scale)
         for w in self.weights:
             x = made[w.name]
             x = x + centre(w) if base is None and centre(w) else x
-            made[w.name] = x.to(self.target.get_buffer(w.name).dtype)
+            made[w.name] = x.to(self._types.now(w.dtype))
         return made
 
     def forward(self, cond: Any = None) -> State:
@@ -244,8 +249,9 @@ class HyperNetwork(nn.Module):
         Returns:
             As `forward`; tied names share one tensor.
         """
-        state, seen = self.forward(cond), dict[int, Tensor]()
-        return {n: seen.setdefault(id(x), x.detach().clone()) for n, x in state.items()}
+        state, seen = self.forward(cond), dict[object, Tensor]()
+        places = {n: (x.data_ptr(), x.shape) if x.numel() else n for n, x in state.items()}
+        return {n: seen.setdefault(places[n], x.detach().clone()) for n, x in state.items()}
 
     @torch.no_grad()
     def write_to(self, module: nn.Module, cond: Any = None) -> None:
@@ -256,16 +262,23 @@ class HyperNetwork(nn.Module):
             cond: What is conditioned on, without batch axes.
 
         Raises:
-            HyperError: If names or shapes differ, or values are not finite.
+            HyperError: If names or shapes differ, values are not finite in the module's type, or
+                the module ties tensors that differ here, or has no memory.
         """
         state = self.forward(cond)
         own = {n: x for n, x in module.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
         wrong = [f"{n!r}, which only one of them has" for n in state.keys() ^ own.keys()]
-        for n in state.keys() & own.keys():
-            if state[n].shape != own[n].shape:
-                wrong.append(f"{n!r} of shape {tuple(state[n].shape)} for {tuple(own[n].shape)}")
-            elif not state[n].isfinite().all():
+        seen: dict[int, str] = {}
+        for n in [n for n in state if n in own]:
+            x = state[n].to(own[n].dtype)
+            if x.shape != own[n].shape:
+                wrong.append(f"{n!r} of shape {tuple(x.shape)} for {tuple(own[n].shape)}")
+            elif own[n].is_meta:
+                wrong.append(f"{n!r} on the meta device")
+            elif not x.isfinite().all():
                 wrong.append(f"{n!r} with values that are not finite")
+            elif (other := seen.setdefault(id(own[n]), n)) != n and not x.equal(state[other]):
+                wrong.append(f"{other!r} and {n!r}, which it ties, with two values")
         if wrong:
             raise HyperError(
                 message("write_to: the module is left as it was", got=sorted(wrong),
@@ -287,14 +300,55 @@ class HyperNetwork(nn.Module):
         shared = sum(self.coverage.shared.values())
         return f"generates {self.generated:,} entries from {own - shared:,} (+ {shared:,} shared)"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
-        for w in self.weights:  # moved placeholders have got memory
-            values = placeholder(w, self.target.get_buffer(w.name))
-            for name in w.names:
-                owner, _, last = name.rpartition(".")
-                self.target.get_submodule(owner).register_buffer(last, values, persistent=False)
-        return self
+
+class _Types(nn.Module):
+    """Types of generated tensors, which change as the module is moved to another type."""
+
+    def __init__(self, dtypes: set[torch.dtype]) -> None:
+        super().__init__()
+        for dtype in sorted(dtypes, key=str):
+            self.register_buffer(_word(dtype), torch.empty(0, dtype=dtype), persistent=False)
+
+    def now(self, dtype: torch.dtype) -> torch.dtype:
+        """What a type has become."""
+        return self.get_buffer(_word(dtype)).dtype
+
+
+def _word(dtype: torch.dtype) -> str:
+    return "from_" + str(dtype).removeprefix("torch.")
+
+
+class _Base(nn.Module):
+    """Values that what is made is added to: parameters if they are trained, else buffers."""
+
+    def __init__(self, values: list[Tensor], *, trained: bool) -> None:
+        super().__init__()
+        for k, x in enumerate(values):
+            if trained:
+                self.register_parameter(str(k), nn.Parameter(x))
+            else:
+                self.register_buffer(str(k), x)
+
+    def values(self) -> list[Tensor]:
+        """The values, in the order of the weights."""
+        return [*self.parameters(), *self.buffers()]
+
+
+def _width(head: object, condition: object, scale: object) -> int:
+    """Length of the condition's vector; 0 without a condition. Refuses what is no such thing."""
+    width = 0 if condition is None else getattr(condition, "width", None)
+    wrong = [] if isinstance(head, Head) else [f"head={head!r}, expected a head of wspace.hyper"]
+    if not isinstance(condition, nn.Module | None) or not isinstance(width, int):
+        kind = type(condition).__name__
+        wrong.append(f"condition={kind}, expected a module with an attribute `width`")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not isfinite(scale):
+        wrong.append(f"scale={scale!r}, expected a finite number")
+    if wrong:
+        raise HyperError(
+            message("hypernetwork: parts that do not go together", got=wrong,
+                    help="HyperNetwork(target, TaskEmbedding(5, 16), FullHead())")
+        )  # fmt: skip
+    return int(width or 0)
 
 
 def _values(target: nn.Module, weights: tuple[Weight, ...], base: Base) -> list[Tensor] | None:
@@ -308,6 +362,11 @@ def _values(target: nn.Module, weights: tuple[Weight, ...], base: Base) -> list[
                         expected="'frozen', 'trained', a state, or None")
             )  # fmt: skip
         return [target.get_parameter(w.name).detach().clone() for w in weights]
+    if not isinstance(cast(object, base), Mapping):
+        raise HyperError(
+            message("hypernetwork: the base is no state", got=type(base).__name__,
+                    help="pass module.state_dict()")
+        )  # fmt: skip
     wrong = [f"no tensor {w.name!r}" for w in weights if w.name not in base]
     wrong += [
         f"{w.name!r} of shape {tuple(base[w.name].shape)}, expected {w.shape}"

@@ -179,7 +179,7 @@ def selected(module: nn.Module, select: Select, what: str) -> set[str]:
     found = parameters_of(module)
     if callable(select) and not isinstance(select, type):
         return {f.names[0] for f in found if any(select(n, f.owner, f.value) for n in f.names)}
-    patterns: Iterable[Pattern] = [select] if isinstance(select, str | type) else select
+    patterns = _patterns(select, what)
     chosen: set[str] = set()
     for pattern in patterns:
         if isinstance(pattern, type) or pattern.startswith("type:"):
@@ -192,6 +192,18 @@ def selected(module: nn.Module, select: Select, what: str) -> set[str]:
             raise HyperError(_nothing(pattern, what, [n for f in found for n in f.names]))
         chosen |= {f.names[0] for f in found if names.intersection(f.names)}
     return chosen
+
+
+def _patterns(select: object, what: str) -> list[Pattern]:
+    single = isinstance(select, str | type)
+    given: list[Any] = [select] if single or not isinstance(select, Iterable) else list(select)
+    wrong = [repr(x) for x in given if not isinstance(x, str | type)]
+    if wrong:
+        raise HyperError(
+            message(f"hypernetwork: {what} takes no such thing", got=wrong,
+                    expected="globs, classes of modules, a list of these, or a function")
+        )  # fmt: skip
+    return given
 
 
 def _of_class(module: nn.Module, kind: Pattern) -> set[str]:
@@ -376,7 +388,9 @@ def _first(found: Iterable[Tensor]) -> Tensor | None:
 def skeleton(module: nn.Module, weights: Sequence[Weight], shared: set[str]) -> nn.Module:
     """A copy of the target whose generated parameters are placeholders without memory.
 
-    They hold NaN, so that running the copy without its weights cannot go unseen.
+    A placeholder is an attribute, neither parameter nor buffer, so that nothing moves, saves or
+    broadcasts it; `torch.func.functional_call` finds it all the same. It holds NaN, so that running
+    the copy without its weights cannot go unseen.
 
     Args:
         module: The target; it is not changed.
@@ -396,30 +410,22 @@ def skeleton(module: nn.Module, weights: Sequence[Weight], shared: set[str]) -> 
             message(
                 f"hypernetwork: {type(module).__name__} cannot be copied",
                 got=str(error),
-                help="weights computed by hooks (torch.nn.utils.weight_norm) have to be "
-                "parametrizations (torch.nn.utils.parametrizations.weight_norm)",
+                help="weights computed by hooks have to be parametrizations "
+                "(torch.nn.utils.parametrizations.weight_norm, spectral_norm); "
+                "torch.nn.utils.prune.remove ends a pruning",
             )
         ) from error
     for w in weights:
-        values = placeholder(w, made.get_parameter(w.name))
+        like = made.get_parameter(w.name)
+        values = torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(w.shape)
         for name in w.names:
             owner, _, last = name.rpartition(".")
             part = made.get_submodule(owner)
-            delattr(part, last)
-            part.register_buffer(last, values, persistent=False)
+            if last in dict(
+                part.named_parameters(recurse=False)
+            ):  # a part with two names comes twice
+                delattr(part, last)
+            object.__setattr__(part, last, values)
     for f in parameters_of(made):
         f.value.requires_grad_(f.names[0] in shared)
     return made
-
-
-def placeholder(weight: Weight, like: Tensor) -> Tensor:
-    """NaN in the shape of a weight, in one entry of memory.
-
-    Args:
-        weight: The weight.
-        like: Tensor whose device and type it gets.
-
-    Returns:
-        An expanded tensor.
-    """
-    return torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(weight.shape)

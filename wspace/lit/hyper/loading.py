@@ -1,5 +1,6 @@
 """A trained hypernetwork from its file, and the weights that it makes."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ def tasks() -> dict[str, type[HyperTask]]:
     }
 
 
-def load_hyper(path: str | Path) -> HyperTask:
+def load_hyper(path: str | Path, *, trust: Sequence[str] = ()) -> HyperTask:
     """The task in a checkpoint, in evaluation mode on the CPU.
 
-    No code that the file names is run, except factories of `wspace` and `datasets_zoo`.
+    No code that the file names is run, except factories of `wspace`, `datasets_zoo` and of the
+    packages that `trust` names.
 
     Args:
         path: A file that `wspace fit` wrote.
+        trust: Packages whose factories the file may name.
 
     Returns:
         The task.
@@ -41,6 +44,8 @@ def load_hyper(path: str | Path) -> HyperTask:
         CheckpointError: If the file is damaged or something else, or the weights do not fit.
         WSpaceError: If the task cannot be made of its options.
     """
+    if not Path(path).is_file():
+        raise CheckpointError(message(f"checkpoint: there is no {path}"))
     checkpoint = SafeCheckpoints().load_checkpoint(path)
     found = checkpoint.get("wspace")
     found = found if isinstance(found, dict) else {}
@@ -57,7 +62,8 @@ def load_hyper(path: str | Path) -> HyperTask:
         )
     try:
         options: dict[str, Any] = dict(found["config"])
-        options.pop("trust", None)  # a file does not say whom to trust
+        if "trust" in options:  # a file does not say whom to trust
+            options["trust"] = tuple(trust)
         if isinstance(options.get("optimization"), dict):
             options["optimization"] = _optimization(options["optimization"])
         task = kind(**options)
