@@ -174,14 +174,24 @@ def test_moments_of_every_role() -> None:
     matrix = Weight("w", (4, 5), Role.MATRIX, 5, 4)
     every = [matrix, replace(matrix, name="t", role=Role.TABLE),
              Weight("s", (4,), Role.SCALE), Weight("b", (4,), Role.SHIFT),
+             Weight("c", (4,), Role.SHIFT, 1, 4),  # of a layer with one input
              Weight("l", (4, 1), Role.SCALE, 5, 4, spans=5),
              Weight("o", (4, 5), Role.OTHER, 5, 4), Weight("p", (4,), Role.OTHER)]  # fmt: skip
     small = 1e-4
-    expected = {"w": 0.4, "t": 1.0, "s": small, "b": small, "l": small, "o": 0.4, "p": small}
+    expected = {
+        "w": 0.4,
+        "t": 1.0,
+        "s": small,
+        "b": small,
+        "c": 1.0,
+        "l": small,
+        "o": 0.4,
+        "p": small,
+    }
     assert variances(every, "hyperfan_in") == pytest.approx(expected)
     tenth = {n: x * RESIDUAL**2 for n, x in expected.items()}
     assert variances(every, "residual") == pytest.approx(tenth)
-    assert [centre(w) for w in every] == pytest.approx([0, 0, 1, 0, 2**0.5, 0, 0])
+    assert [centre(w) for w in every] == pytest.approx([0, 0, 1, 0, 0, 2**0.5, 0, 0])
 
 
 def test_unknown_scheme() -> None:

@@ -108,7 +108,8 @@ def _variance(w: Weight, rule: Callable[[Weight], float]) -> float:
     if w.role is Role.TABLE:
         return 1.0
     matrix = w.role is Role.MATRIX or (w.role is Role.OTHER and len(w.shape) >= 2)
-    if matrix or (w.role is Role.SHIFT and w.fan_in > 1 and len(w.shape) < 2):
+    layer = (w.fan_in, w.fan_out) != (1, 1)  # else it is added to a norm, or alone
+    if matrix or (w.role is Role.SHIFT and layer and len(w.shape) < 2):
         return rule(w)
     return SMALL**2
 
@@ -131,6 +132,14 @@ def centre(w: Weight) -> float:
     return 0.0
 
 
+def check_scheme(scheme: str) -> None:
+    """Raises a HyperError unless there is such a scheme."""
+    if scheme not in get_args(Scheme):
+        raise HyperError(
+            message(f"hypernetwork: unknown init {scheme!r}", expected=f"one of {get_args(Scheme)}")
+        )
+
+
 def initialize(head: Head, scheme: Scheme, *, generator: torch.Generator | None = None) -> None:
     """Brings a bound head to a scheme.
 
@@ -143,10 +152,7 @@ def initialize(head: Head, scheme: Scheme, *, generator: torch.Generator | None 
     Raises:
         HyperError: If there is no such scheme.
     """
-    if scheme not in get_args(Scheme):
-        raise HyperError(
-            message(f"hypernetwork: unknown init {scheme!r}", expected=f"one of {get_args(Scheme)}")
-        )
+    check_scheme(scheme)
     if scheme == "default":
         return
     head.reset(variances(head.weights, "residual" if scheme == "bias" else scheme), generator)

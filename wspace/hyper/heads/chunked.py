@@ -38,7 +38,8 @@ class ChunkedHead(Head):
         hidden: Widths of the perceptron.
         embedding: Length of a chunk's vector.
         at_once: Chunks that are made at a time; None for all of them. In training, those batches
-            are computed again on the way back, so that their hidden layers take no memory.
+            are computed again on the way back, so that their hidden layers take no memory (which
+            the transforms of `torch.func` do not support).
     """
 
     def __init__(
