@@ -237,6 +237,20 @@ def test_second_derivatives_are_refused_by_the_written_gradient() -> None:
             assert torch.isfinite(torch.autograd.grad(grad.square().sum(), x)[0]).all()
 
 
+def test_autograd_takes_a_matrix_for_each_sample() -> None:
+    cell, x, w = (
+        SRWM(WIDTH, HEADS, fused=False),
+        torch.randn(4, B, T, WIDTH),
+        torch.randn(4, HEADS, 19, D),
+    )
+
+    def run(w: Tensor, x: Tensor) -> Tensor:
+        return torch.func.functional_call(cell, {"weight": w}, (x,))[0]
+
+    y = torch.func.vmap(run)(w, x)
+    assert_close(torch.stack([run(w[i], x[i]) for i in range(4)]), y)
+
+
 def test_initial_weights() -> None:
     cell = SRWM(128, 2, beta_init=-1.0, generator=torch.Generator().manual_seed(1))
     again = SRWM(128, 2, beta_init=-1.0, generator=torch.Generator().manual_seed(1))
