@@ -1,6 +1,7 @@
 """The core of hypernetworks: choice of tensors, calls, gradients, errors, and what follows them."""
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -90,7 +91,9 @@ def test_weights_are_described() -> None:
         {
             "conv": nn.Conv2d(4, 6, 3, groups=2),
             "up": nn.ConvTranspose2d(4, 6, 3, groups=2),
+            "strided": nn.ConvTranspose2d(4, 6, 3, stride=2),
             "lstm": nn.LSTM(5, 7),
+            "gru": nn.GRU(5, 7),
             "attention": nn.MultiheadAttention(6, 2),
             "table": nn.Embedding(11, 3),
             "norm": nn.GroupNorm(2, 4),
@@ -103,6 +106,8 @@ def test_weights_are_described() -> None:
     assert (found["up.weight"].fan_in, found["up.weight"].fan_out) == (18, 27)
     assert (found["lstm.weight_hh_l0"].fan_in, found["lstm.weight_hh_l0"].fan_out) == (7, 7)
     assert found["lstm.weight_ih_l0"].fan_in == 5
+    assert (found["gru.weight_hh_l0"].fan_in, found["gru.weight_hh_l0"].fan_out) == (7, 7)
+    assert (found["strided.weight"].fan_in, found["strided.weight"].fan_out) == (9, 54)
     assert (
         found["attention.in_proj_weight"].fan_in,
         found["attention.in_proj_weight"].fan_out,
@@ -564,3 +569,35 @@ def test_nothing_of_the_placeholders_is_a_buffer() -> None:
     assert not list(hyper.target.buffers()) and not list(hyper.target.parameters())
     assert hyper.double().cache(1)["0.weight"].dtype == torch.float64
     assert hyper.half().cache(1)["0.weight"].dtype == torch.float16
+
+
+def test_cache_is_a_copy_and_states_are_live() -> None:
+    hyper = hyper_of(net(), select="*.weight")
+    cached, live = hyper.cache(1), hyper(1)
+    assert not cached["0.weight"].requires_grad
+    with torch.no_grad():
+        hyper.target[0].bias.add_(1.0)
+    assert_close(live["0.bias"], cached["0.bias"] + 1)
+
+
+def test_a_wrong_option_leaves_the_head_free() -> None:
+    head = FullHead([4])
+    with pytest.raises(HyperError, match="unknown init 'x'"):
+        HyperNetwork(net(), TaskEmbedding(2, 3), head, init="x")  # type: ignore[arg-type]
+    HyperNetwork(net(), TaskEmbedding(2, 3), head)
+
+
+def test_old_hooks_are_refused() -> None:
+    spectral = nn.utils.spectral_norm(nn.Linear(3, 4))
+    pruned = nn.Linear(3, 4)
+    importlib.import_module("torch.nn.utils.prune").l1_unstructured(pruned, "weight", 0.5)
+    for layer in (spectral, pruned):
+        with pytest.raises(HyperError, match=r"cannot be copied(.|\n)*got 0\.weight"):
+            hyper_of(nn.Sequential(layer))
+
+
+def test_pull_back_needs_something_to_learn() -> None:
+    hyper = hyper_of(net(), share=None).requires_grad_(False)
+    delta = {n: torch.ones_like(x) for n, x in hyper.generate(0).items()}
+    with pytest.raises(HyperError, match="no parameter that requires a gradient"):
+        pull_back(hyper, 0, delta)

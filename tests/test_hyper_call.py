@@ -263,3 +263,61 @@ def test_parameters_may_be_given() -> None:
     assert made["weight"].grad is not None
     assert not dict(hyper.target.named_parameters())
     assert hyper.target.weight.isnan().all()
+
+
+def test_samples_by_keyword() -> None:
+    class Named(nn.Linear):
+        def forward(self, *, rows: Tensor) -> Tensor:
+            return super().forward(rows) - rows.shape[0]
+
+    module, x = Named(3, 2), torch.randn(4, 3)
+    state = stacked(module, 4)
+    expected = torch.stack(
+        [w @ y + b - 1 for w, b, y in zip(state["weight"], state["bias"], x, strict=True)]
+    )
+    for method in ("vmap", "loop"):
+        found = call(module, state, kwargs={"rows": x}, inputs="samples", method=method)
+        assert_close(found, expected)
+
+
+def test_padded_positions_do_not_depend_on_the_method() -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    module = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True).eval()
+    state, x = stacked(module, 3), torch.randn(2, 5, 6)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        together, alone = (
+            call(module, state, (x,), {"src_key_padding_mask": mask}, inputs="shared", method=m)
+            for m in ("vmap", "loop")
+        )
+    assert_close(together, alone)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Looking(nn.Linear):
+    """Looks at its own parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        size = torch.stack([p.square().sum() for p in self.parameters()]).sum()
+        return super().forward(input).to(next(self.parameters()).dtype) / size
+
+
+@METHODS
+def test_modules_see_generated_parameters(method: Any) -> None:
+    hyper, x = HyperNetwork(Looking(3, 2), TaskEmbedding(3, 2), FullHead([8])), torch.randn(5, 3)
+    conds = torch.tensor([2, 0])
+    found = hyper.run(conds, x, inputs="shared", method=method)
+    for i, cond in enumerate(conds):
+        made = hyper.generate(cond)
+        size = sum(v.square().sum() for v in made.values())
+        assert_close(found[i], (x @ made["weight"].T + made["bias"]) / size)
+    assert not dict(hyper.target.named_parameters())
+
+
+def test_dropout_differs_between_networks() -> None:
+    module, x = nn.Sequential(nn.Linear(3, 200), nn.Dropout()), torch.randn(5, 3)
+    state = {n: v[:1].expand_as(v) for n, v in stacked(module, 2).items()}
+    state = {n: v.clone() for n, v in state.items()}  # one network twice
+    for method in ("vmap", "loop"):
+        a, b = call(module, state, (x,), inputs="shared", method=method)
+        assert not torch.equal(a == 0, b == 0)

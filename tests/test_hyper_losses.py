@@ -133,3 +133,12 @@ def test_what_is_made_of_generated_states_keeps_gradients(way: Way) -> None:
         x = torch.randn(5, 3)
         found = call(module, state, (x,), inputs="shared")
         assert_close(found, hyper.run(torch.arange(3), x, inputs="shared"))
+
+
+def test_buffers_count_only_if_asked() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    space = wspace.trace(module, torch.zeros(2, 3))
+    one = {n: x.clone() for n, x in module.state_dict().items() if x.is_floating_point()}
+    other = {**one, "1.running_mean": one["1.running_mean"] + 1.0}
+    assert loss_of(one, other, space) == 0
+    assert loss_of(one, other, space, buffers=True) > 0.01

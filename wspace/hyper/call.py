@@ -161,13 +161,14 @@ class _Run:
         self.answer = Answer(type(self.module).__name__, single=self.single)
         if not size:
             raise HyperError(message("call: no network to run", got="a batch of 0"))
-        rows = [
-            self.one(
-                {n: x if axes[n] is None else x[i] for n, x in state.items()},
-                [self.leaves[k][i] for k in self.places],
-            )
-            for i in range(size)
-        ]
+        with _slow_path():
+            rows = [
+                self.one(
+                    {n: x if axes[n] is None else x[i] for n, x in state.items()},
+                    [self.leaves[k][i] for k in self.places],
+                )
+                for i in range(size)
+            ]
         return self.answer.stacked(rows)
 
 
@@ -341,22 +342,28 @@ def _needs_loop(module: nn.Module) -> bool:
 @contextmanager
 def _batchable() -> Generator[None]:
     """Attention as operators that have a batching rule."""
+    with _slow_path(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        # some operators are looped over by torch itself, which is as right, and no news
+        warnings.filterwarnings("ignore", "There is a performance drop because")
+        yield
+
+
+@contextmanager
+def _slow_path() -> Generator[None]:
+    """Without torch's fast path for transformers, whose answers at padded positions differ."""
     fast: bool = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            # some operators are looped over by torch itself, which is as right, and no news
-            warnings.filterwarnings("ignore", "There is a performance drop because")
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
 def _placed(module: nn.Module, names: Iterable[str]) -> Generator[None]:
-    """Placeholders (`wspace.hyper.target.skeleton`) are buffers while the module runs.
+    """Placeholders (`wspace.hyper.target.skeleton`) are parameters again while the module runs.
 
-    Some modules move themselves in their forward pass, which reaches parameters and buffers only.
+    Some modules look at their own parameters, or move them, in their forward pass.
     """
     parts = dict(module.named_modules(remove_duplicate=False))
     moved: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -365,12 +372,15 @@ def _placed(module: nn.Module, names: Iterable[str]) -> Generator[None]:
         own = parts[path].__dict__ if path in parts else {}
         if isinstance(own.get(last), Tensor):
             moved.append((own, last, own.pop(last)))
-            own["_buffers"][last] = moved[-1][2]
+            own["_parameters"][last] = moved[-1][2]
     try:
-        yield
+        with warnings.catch_warnings():
+            # from modules that move themselves: generated tensors are no leaves, as is meant
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            yield
     finally:
         for own, last, x in moved:
-            own["_buffers"].pop(last, None)
+            own["_parameters"].pop(last, None)
             own[last] = x
 
 

@@ -12,7 +12,7 @@ from wspace.errors import HyperError, message
 from wspace.hyper.call import Inputs, Method, run_networks
 from wspace.hyper.condition import Noise
 from wspace.hyper.heads.head import Head
-from wspace.hyper.initialize import Scheme, centre, initialize
+from wspace.hyper.initialize import Scheme, centre, check_scheme, initialize
 from wspace.hyper.target import (
     Coverage,
     Select,
@@ -90,11 +90,14 @@ class HyperNetwork(nn.Module):
         chosen, shared = _chosen(target, select, share)
         self.weights = weights_of(target, chosen, space)
         values = _values(target, self.weights, base)
+        check_scheme(init)
         _check(head, init, values)
         self.coverage = _coverage(target, self.weights, shared)
         self.scale = scale
         self.target = skeleton(target, self.weights, shared)
-        self._order = [n for n, x in target.state_dict().items() if isinstance(x, Tensor)]
+        own = {n for n, _ in target.named_parameters(remove_duplicate=False)}
+        own |= {n for n, _ in target.named_buffers(remove_duplicate=False)}
+        self._order = [n for n in target.state_dict() if n in own]
         self.condition = condition
         head.bind(self.weights, width, generator)
         self.head = head
@@ -170,8 +173,8 @@ class HyperNetwork(nn.Module):
 
         Returns:
             All tensors of the target's ``state_dict``: generated ones, shared ones, buffers, under
-            all their names. Those that do not depend on the condition are expanded to the batch
-            axes, without copies.
+            all their names. Those that do not depend on the condition are the live ones, expanded
+            to the batch axes: they change as training goes on. `cache` copies.
         """
         return self.completed(self.generate(cond))
 

@@ -31,9 +31,13 @@ def pull_back(
         generated depends.
 
     Raises:
-        HyperError: If names or shapes differ from those of what is generated.
+        HyperError: If names or shapes differ from those of what is generated, or no parameter
+            requires a gradient.
     """
     named = {n: p for n, p in hyper.named_parameters() if p.requires_grad}
+    if not named or torch.is_inference_mode_enabled():
+        got = "inference mode" if named else "no parameter that requires a gradient"
+        raise HyperError(message("pull_back: there is nothing to learn", got=got))
     with torch.enable_grad():
         made = hyper.generate(cond)
         _check(made, delta)

@@ -385,6 +385,26 @@ def _first(found: Iterable[Tensor]) -> Tensor | None:
     return next(iter(found), None)
 
 
+def _check_hooks(module: nn.Module) -> None:
+    """Refuses modules that are compiled, or whose weights old hooks compute from parameters."""
+    wrong = [path for path, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    help = "torch.jit modules cannot take weights from outside: pass the module that was scripted"
+    if not wrong:
+        help = (
+            "use parametrizations (torch.nn.utils.parametrizations.weight_norm, spectral_norm); "
+            "torch.nn.utils.prune.remove ends a pruning"
+        )
+        for path, m in module.named_modules():
+            own = {n for n, _ in m.named_parameters(recurse=False)}
+            made = [n for n, x in m.__dict__.items() if isinstance(x, Tensor) and n not in own]
+            wrong += [f"{path}.{n}".removeprefix(".") for n in made
+                      if own & {f"{n}_orig", f"{n}_g", f"{n}_v"}]  # fmt: skip
+    if wrong:
+        raise HyperError(
+            message(f"hypernetwork: {type(module).__name__} cannot be copied", got=wrong, help=help)
+        )
+
+
 def skeleton(module: nn.Module, weights: Sequence[Weight], shared: set[str]) -> nn.Module:
     """A copy of the target whose generated parameters are placeholders without memory.
 
@@ -401,8 +421,9 @@ def skeleton(module: nn.Module, weights: Sequence[Weight], shared: set[str]) -> 
         The copy.
 
     Raises:
-        HyperError: If the target cannot be copied.
+        HyperError: If the target cannot be copied, or computes weights by hooks.
     """
+    _check_hooks(module)
     try:
         made = copy.deepcopy(module)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -410,9 +431,7 @@ def skeleton(module: nn.Module, weights: Sequence[Weight], shared: set[str]) -> 
             message(
                 f"hypernetwork: {type(module).__name__} cannot be copied",
                 got=str(error),
-                help="weights computed by hooks have to be parametrizations "
-                "(torch.nn.utils.parametrizations.weight_norm, spectral_norm); "
-                "torch.nn.utils.prune.remove ends a pruning",
+                help="tensors that it keeps must not hang on a graph: detach them",
             )
         ) from error
     for w in weights:

@@ -70,6 +70,8 @@ class Parser(LightningArgumentParser):
         near = get_close_matches(name, known, n=1)
         sys.stderr.write(f"wspace: {message}\n")
         help = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists all options"
+        if "subclass of" in message and ".hyper." in message:
+            help = "for a hypernetwork, name the class of its data: --data or data.class_path"
         sys.stderr.write(f"  help: {help.replace(' [options]', '')}\n")
         sys.exit(2)
 

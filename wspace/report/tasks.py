@@ -37,19 +37,25 @@ def plot_tasks(
         The figure.
 
     Raises:
-        MeasureError: If there is no matrix, or they are not square and of one size.
+        MeasureError: If there is no matrix, they are not square and of one size, or names are of
+            another number.
     """
     shapes = {tuple(m.shape) for m in matrices.values()}
-    if len(shapes) != 1 or any(len(s) != 2 or s[0] != s[1] for s in shapes):
+    if len(shapes) != 1 or any(len(s) != 2 or s[0] != s[1] or not s[0] for s in shapes):
         raise MeasureError(
             message("plot_tasks: matrices of accuracies", expected="square, of one size",
                     got=[str(s) for s in sorted(shapes)] or "none")
         )  # fmt: skip
+    count = next(iter(shapes))[0]
+    if chance >= 1 or (names is not None and len(names) != count):
+        raise MeasureError(
+            message("plot_tasks: names and chance", expected=f"{count} names, chance below 1",
+                    got=f"{None if names is None else len(names)} names, chance {chance}")
+        )  # fmt: skip
+    known = list(names) if names else [str(k + 1) for k in range(count)]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = next(iter(shapes))[0]
-    known = list(names) if names else [str(k + 1) for k in range(count)]
     size = (len(matrices) * (CELL * count + 0.5) + 0.3, CELL * count + 1.1)
     figure = Figure(figsize=size, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
