@@ -66,6 +66,7 @@ HEADS = OWN | SHARED | CHANGES
 STEADY: dict[str, Callable[[], Head]] = {
     "full": lambda: FullHead(steady=True),
     "tensor": lambda: PerTensorHead(steady=True),
+    "own": lambda: PerTensorHead(own=[50], steady=True),
     "low": lambda: LowRankHead(16, steady=True),
 }
 ONE_FACTOR = ("recurrent", "row")

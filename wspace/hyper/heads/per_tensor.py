@@ -21,7 +21,7 @@ class PerTensorHead(Head):
     Args:
         hidden: Widths of the shared layers.
         own: Widths of each tensor's own layers, which are computed together.
-        steady: As in `FullHead`; behind the shared layers.
+        steady: As in `FullHead`, for what each tensor's map sees.
     """
 
     def __init__(
@@ -46,8 +46,6 @@ class PerTensorHead(Head):
             )  # fmt: skip
         sizes, k = [self.width, *self.hidden], len(self.weights)
         self.trunk = perceptron(sizes, generator)
-        if self.steady:
-            self.trunk.append(nn.RMSNorm(sizes[-1], elementwise_affine=False))
         every = [sizes[-1], *self.own]
         rectified = bool(self.hidden)
         self.inner = nn.ParameterList()
@@ -103,10 +101,8 @@ class PerTensorHead(Head):
 
     def _seen(self, e: Tensor) -> Sequence[Tensor]:
         """What the last map of every tensor sees, ``(*batch, n)``."""
-        x = self.trunk(e)
-        if not self.own:
-            return [x] * len(self.weights)
-        x = x[..., None, :]
+        x = self.trunk(e)[..., None, :]
         for inner, shift in zip(self.inner, self.shifts, strict=True):
             x = F.relu((inner @ x[..., None]).squeeze(-1) + shift)
-        return x.unbind(-2)
+        x = F.rms_norm(x, x.shape[-1:]) if self.steady else x
+        return x.expand(*x.shape[:-2], len(self.weights), -1).unbind(-2)
