@@ -288,3 +288,70 @@ def test_vectors_are_passed_on() -> None:
     assert Vector(3)(x) is x
     with pytest.raises(HyperError, match="another length"):
         Vector(4)(x)
+
+
+def test_a_first_call_without_numbers_decides_nothing() -> None:
+    encode = SetEncoder(3, 4, (5,))
+    assert encode(torch.zeros(0, 6, 3)).shape == (0, 4)
+    with pytest.raises(HyperError, match="no finite numbers"):
+        encode(torch.full((2, 6, 3), torch.nan))
+    found = encode(torch.randn(40, 6, 3))
+    assert abs(float(found.mean().detach())) < 1e-9
+    assert abs(float(found.std(correction=0).detach()) - 1) < 1e-9
+    constant = SetEncoder(3, 4, (5,))
+    same = constant(torch.ones(1, 6, 3))[:, :1]
+    assert same.isfinite().all() and constant.size > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: TaskEmbedding(3, 4)(7), "TaskEmbedding has no such task(.|\n)*got 7"),
+        (lambda: TaskEmbedding(3, 4)(torch.tensor([0, -4])), "got -4"),
+        (lambda: TaskEmbedding(3, 4)(True), "takes numbers of tasks(.|\n)*got True"),  # noqa: FBT003
+        (lambda: TaskEmbedding(3, 4)("a"), "takes numbers of tasks(.|\n)*got 'a'"),
+        (lambda: TaskEmbedding(3, 4).freeze(3), "freeze has no such task"),
+        (lambda: Noise(4)(-1), "Noise takes how many vectors"),
+        (lambda: Noise(4)(2.5), "Noise takes how many vectors"),
+        (lambda: Hyperparameters({"a": (0, 1), "b": (0, 1)})(0.5), r"shape \(\)"),
+        (
+            lambda: SetEncoder(3, 4, classes=5)((torch.randn(6, 3), torch.full((6,), 5))),
+            "labels from 5",
+        ),
+        (
+            lambda: SetEncoder(3, 4, classes=5)((torch.randn(6, 3), torch.zeros(6))),
+            "labels of torch.fl",
+        ),
+    ],
+)
+def test_conditions_refuse_what_is_none(build: Any, match: str) -> None:
+    with pytest.raises(HyperError, match=match):
+        build()
+
+
+def test_tasks_by_any_whole_numbers() -> None:
+    tasks = TaskEmbedding(3, 4)
+    expected = tasks.table[[0, 2]]
+    for cond in ([0, 2], (0, 2), torch.tensor([0, 2], dtype=torch.uint8), torch.tensor([-3, -1])):
+        assert torch.equal(tasks(cond), expected)
+    tasks.freeze(torch.tensor([0, 1]))
+    tasks.freeze([1])
+    assert tasks.frozen.tolist() == [True, True, False]
+    assert Noise(4)(torch.tensor([2, 3])).shape == (2, 3, 4)
+    assert Noise(4)(0).shape == (0, 4)
+
+
+def test_freezing_twice_keeps_the_first_vector() -> None:
+    tasks = TaskEmbedding(2, 4)
+    tasks.freeze(0)
+    kept = tasks(0).clone()
+    with torch.no_grad():
+        tasks.table.add_(1.0)
+    tasks.freeze(0)
+    assert torch.equal(tasks(0), kept)
+
+
+def test_tasks_under_vmap() -> None:
+    tasks = TaskEmbedding(3, 4)
+    found = torch.func.vmap(tasks)(torch.tensor([2, 0]))
+    assert torch.equal(found, tasks(torch.tensor([2, 0])))

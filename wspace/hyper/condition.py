@@ -6,7 +6,7 @@ Each has an attribute ``width``, the length of the vector, and gives entries of 
 
 from collections.abc import Collection, Mapping, Sequence
 from math import log, pi, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +102,35 @@ class TaskEmbedding(nn.Module):
             ``(*batch, width)``.
 
         Raises:
-            HyperError: If it is no whole number.
+            HyperError: If it is no whole number, or there is no such task.
         """
-        if isinstance(cond, Tensor) and (cond.is_floating_point() or cond.dtype == torch.bool):
+        rows = self._rows(cond, "TaskEmbedding")
+        return torch.where(self.frozen[rows][..., None], self.kept[rows], self.table[rows])
+
+    def _rows(self, tasks: object, what: str) -> Tensor:
+        """Numbers of tasks as a tensor that indexes rows."""
+        whole = isinstance(tasks, int | Sequence | Tensor) and not isinstance(tasks, bool | str)
+        try:
+            rows = torch.as_tensor(tasks) if whole else None
+        except (TypeError, ValueError, RuntimeError):
+            rows = None
+        if rows is None or rows.is_floating_point() or rows.dtype == torch.bool:
             raise HyperError(
-                message("condition: TaskEmbedding takes numbers of tasks", got=f"{cond.dtype}",
+                message(f"condition: {what} takes numbers of tasks",
+                        got=repr(tasks) if rows is None else f"{rows.dtype}",
                         help="Vector(width) takes vectors as they are")
             )  # fmt: skip
-        return torch.where(self.frozen[cond][..., None], self.kept[cond], self.table[cond])
+        rows = rows.to(self.frozen.device, torch.long)
+        try:
+            outside = [n for n in rows.unique().tolist() if not -self.count <= n < self.count]
+        except RuntimeError:  # inside of torch.func.vmap, where no value can be looked at
+            outside = []
+        if outside:
+            raise HyperError(
+                message(f"condition: {what} has no such task", expected=f"below {self.count}",
+                        got=", ".join(map(str, outside[:8])))
+            )  # fmt: skip
+        return rows
 
     def add(
         self,
@@ -157,24 +178,24 @@ class TaskEmbedding(nn.Module):
         with torch.no_grad():
             return (vectors[..., None, :] - self.vectors()).square().sum(-1).argmin(-1)
 
-    def freeze(self, tasks: int | Sequence[int]) -> None:
+    def freeze(self, tasks: int | Sequence[int] | Tensor) -> None:
         """Holds vectors of tasks, bit by bit, whatever an optimizer does (decay, momentum).
 
         Args:
             tasks: Numbers of the tasks.
         """
-        chosen = [tasks] if isinstance(tasks, int) else list(tasks)
+        chosen = self._rows(tasks, "freeze").reshape(-1)
         with torch.no_grad():
             self.kept[chosen] = self.vectors()[chosen]
             self.frozen[chosen] = True
 
-    def release(self, tasks: int | Sequence[int]) -> None:
+    def release(self, tasks: int | Sequence[int] | Tensor) -> None:
         """Lets vectors of tasks be trained again, from where they are.
 
         Args:
             tasks: Numbers of the tasks.
         """
-        chosen = [tasks] if isinstance(tasks, int) else list(tasks)
+        chosen = self._rows(tasks, "release").reshape(-1)
         with torch.no_grad():
             self.table[chosen] = self.vectors()[chosen]
             self.frozen[chosen] = False
@@ -246,10 +267,19 @@ class Noise(nn.Module):
 
         Returns:
             ``(*batch, width)``.
+
+        Raises:
+            HyperError: If it is no number, shape or vector.
         """
-        if isinstance(cond, Tensor):
+        if isinstance(cond, Tensor) and cond.is_floating_point():
             return _vector(cond, self.width)
-        batch = () if cond is None else (cond,) if isinstance(cond, int) else tuple(cond)
+        given: Any = cond.tolist() if isinstance(cond, Tensor) else cond
+        batch = () if given is None else tuple(given) if isinstance(given, Sequence) else (given,)
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in batch):
+            raise HyperError(
+                message("condition: Noise takes how many vectors, or vectors", got=repr(cond),
+                        expected=f"a number from 0, a shape, or (*batch, {self.width})")
+            )  # fmt: skip
         like, shape = self.get_buffer("like"), (*batch, self.width)
         if self.distribution == "normal":
             drawn = torch.randn(shape, generator=self.generator)
@@ -309,9 +339,10 @@ class Hyperparameters(nn.Module):
             HyperError: If a number is missing, unknown, or outside its range.
         """
         like = self.get_buffer("like")
-        if isinstance(cond, Tensor):
-            given = dict(zip(self.ranges, cond.unbind(-1), strict=False))
-            wrong = [] if cond.shape[-1] == len(self.ranges) else [f"shape {tuple(cond.shape)}"]
+        if not isinstance(cond, Mapping):
+            x = torch.as_tensor(cond)
+            given = dict(zip(self.ranges, x.unbind(-1) if x.dim() else [], strict=False))
+            wrong = [] if x.shape[-1:] == (len(self.ranges),) else [f"shape {tuple(x.shape)}"]
         else:
             given = {n: torch.as_tensor(x) for n, x in cond.items()}
             wrong = [f"{n!r}" for n in given.keys() ^ self.ranges.keys()]

@@ -30,7 +30,7 @@ class SetEncoder(nn.Module):
         use: How y enters: ``"channels"`` appended to x (to every pixel), ``"linear"`` by a linear
             map added to what is said of x, ``"only"`` by that map alone, without x.
         standardize: True to shift and scale the vectors by two numbers, so that the entries of
-            those of the first call have mean 0 and variance 1.
+            those of the first call with a set, in whatever mode, have mean 0 and variance 1.
         generator: Source of randomness.
 
     Attributes:
@@ -115,12 +115,14 @@ class SetEncoder(nn.Module):
     def _standard(self, pooled: Tensor) -> Tensor:
         if not self.standardize:
             return pooled
-        if not bool(self.size > 0):
+        if pooled.numel() and not bool(self.size > 0):
             with torch.no_grad():
-                spread = pooled.std(correction=0)
-                self.shift.copy_(pooled.mean())
+                spread, middle = pooled.std(correction=0), pooled.mean()
+                if not bool(spread.isfinite()):
+                    self._refuse(["examples of which the network says no finite numbers"])
+                self.shift.copy_(middle)
                 self.size.copy_(torch.where(spread > 0, spread, 1.0))
-        return (pooled - self.shift) / self.size
+        return (pooled - self.shift) / torch.where(self.size > 0, self.size, 1.0)
 
     def _layers(self, sizes: Sequence[int], generator: torch.Generator | None) -> list[nn.Module]:
         last = sizes[-1]
@@ -165,14 +167,28 @@ class SetEncoder(nn.Module):
         if wrong:
             self._refuse(wrong)
         if y is not None and self.classes:
-            y = F.one_hot(y if mask is None else y.masked_fill(~mask, 0), self.classes)
+            y = self._whole(y, mask)
+            y = F.one_hot(y, self.classes)
         return x, y, mask
+
+    def _whole(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        """Labels that are classes; 0 where there is no example."""
+        if y.is_floating_point() or y.dtype == torch.bool:
+            self._refuse([f"labels of {y.dtype}"])
+        y = (y if mask is None else y.masked_fill(~mask, 0)).long()
+        if y.numel() and (bool(y.min() < 0) or bool(y.max() >= self.classes)):
+            self._refuse([f"labels from {int(y.min())} to {int(y.max())}"])
+        return y
 
     def _refuse(self, wrong: list[str]) -> None:
         inputs = "".join(f", {n}" for n in self.shape)
         labels = "none"
         if self.classes or self.values:
-            labels = "(*batch, n)" if self.classes else f"(*batch, n, {self.values})"
+            labels = (
+                f"(*batch, n) below {self.classes}"
+                if self.classes
+                else f"(*batch, n, {self.values})"
+            )
         raise HyperError(
             message(
                 "condition: SetEncoder cannot take this set",
