@@ -143,3 +143,59 @@ def test_tasks_without_a_target_say_so() -> None:
     assert not any(isinstance(m, HyperNetwork) for m in task.modules())
     with pytest.raises(HyperError, match="FewShot has 0 hypernetworks"):
         generate(task)
+
+
+def test_own_targets_are_trusted_by_the_reader_alone(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ownnets.py").write_text(
+        "from torch import nn\n"
+        "def build() -> nn.Module:\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = "--model.init_args."
+    options = {
+        "target": "ownnets:build", "target_options": "{}", "trust": "[ownnets]",
+        "head": "ChunkedHead", "head_options": "{chunk: 64}", "select": "['*.weight']",
+    }  # fmt: skip
+    words = [word for key, value in options.items() for word in (own + key, value)]
+    ckpt = trained(run, "static_digits", *words)
+    code, _, err = run("hyper", "generate", str(ckpt), "--out", "n.safetensors")
+    assert code == 2 and "'ownnets:build' is not imported" in err
+    assert not Path("n.safetensors").exists()
+    code, _, err = run(
+        "hyper", "generate", str(ckpt), "--trust", "ownnets", "--out", "n.safetensors"
+    )
+    assert code == 0, err
+    assert "1.weight" in wspace.load_checkpoint("n.safetensors")
+
+
+def test_a_model_without_data_is_told_what_is_missing(run: Callable[..., Ran]) -> None:
+    code, _, err = run("fit", "--model", "wspace.lit.hyper.classify.HyperClassifier")
+    assert code == 2 and "name the class of its data" in err
+
+
+def test_predict_writes_all_parameters(run: Callable[..., Ran]) -> None:
+    from wspace.hyper.graph import GraphHyperNetwork, save_ghn
+
+    save_ghn(GraphHyperNetwork(16, 1, 2, channels=8, hidden=16), "g.safetensors")
+    words = (
+        "hyper",
+        "predict",
+        "py:net.py:build",
+        "--ghn",
+        "g.safetensors",
+        "--out",
+        "p.safetensors",
+    )
+    code, _, err = run(*words)
+    assert code == 2 and "running statistics of BatchNorm are not predicted" in err
+    code, out, err = run(*words, "--batchnorm", "reset")
+    assert code == 0 and "292 of 292 entries predicted" in out, err
+    state = wspace.load_checkpoint("p.safetensors")
+    assert state["0.weight"].shape == (6, 1, 3, 3) and state["1.running_mean"].abs().max() == 0
+    code, _, err = run(
+        "hyper", "predict", "py:net.py:build", "--ghn", "none", "--out", "q.safetensors"
+    )
+    assert code == 2 and "'none' is not a graph hypernetwork" in err
