@@ -171,7 +171,10 @@ def ensure(options: argparse.Namespace, *what: Any) -> dict[str, Any]:
 
 
 def tuned(options: argparse.Namespace, dataset: str, arm: str) -> tuple[float, float]:
-    """Rates of the server and of clients."""
+    """Rates of the server and of clients, found with the number of clients that options say."""
+    if options.tune_seen:
+        counts = {"seen": options.tune_seen, "unseen": options.tune_unseen}
+        options = argparse.Namespace(**{**vars(options), **counts})
     base = "PeFLL" if arm.startswith("PeFLL") else arm
     judge = f"val/{JUDGE.get(base, 'accuracy')}"
     servers = SERVER_RATES if ARMS[base]["method"] in {"pfedhn", "pefll"} else (1.0,)
@@ -244,6 +247,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seen", type=int, default=20)
     parser.add_argument("--unseen", type=int, default=5)
+    parser.add_argument("--tune-seen", type=int, default=None, help="clients in tuning")
+    parser.add_argument("--tune-unseen", type=int, default=5)
     parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--per-round", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=100)

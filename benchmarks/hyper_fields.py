@@ -5,8 +5,8 @@ shared field, and learned initial weights (first-order MAML); all have the same 
 batches and training rate. Steps at test time are Adam on the context's readings, for all. Their
 rate is chosen on validation images, as the one with the largest mean PSNR over all numbers of
 steps; learned initial weights are trained with the same rate as they are adapted with, which is
-chosen by trainings with a seed that is not reported. Beside them the mean training image, and the
-mean image with the known pixels put in.
+chosen by trainings with a seed that is not reported. Beside them the mean training image, the same
+with the known pixels put in, and the best linear prediction from the readings.
 
 Results are added to a file of JSON lines as they come, what is there is not run again; `--show`
 prints the table, `--plot FILE` draws images. Intervals are Student's t over seeds (95 %).
@@ -44,6 +44,11 @@ NAMES = {
     "weights": "hypernetwork, all weights",
     "modulation": "hypernetwork, FiLM",
     "initial": "initial weights (MAML)",
+}
+
+LABELS = {
+    "known pixels": "mean image, known pixels put in",
+    "linear": "linear regression on the readings",
 }
 
 
@@ -129,13 +134,31 @@ def controls(data: Pixels) -> dict[str, float]:
     mean = data.parts["train"].mean(0)
     plain: list[torch.Tensor] = []
     filled: list[torch.Tensor] = []
+    linear: list[torch.Tensor] = []
     for batch in data.test_dataloader():
         shown = mean.expand_as(batch.images)
         plain.append(psnr(shown, batch.images))
         if data.sensors == "pixels":
             filled.append(psnr(known(shown, batch), batch.images))
+        if data.sensors == "pixels":
+            linear.append(psnr(regressed(data, batch), batch.images))
     found = {"mean image": float(torch.cat(plain).mean())}
+    found |= {"linear": float(torch.cat(linear).mean())} if linear else {}
     return found | ({"known pixels": float(torch.cat(filled).mean())} if filled else {})
+
+
+def regressed(data: Pixels, batch: Observed, noise: float = 1e-3) -> torch.Tensor:
+    """The best linear prediction from the readings: mean and covariance of training images."""
+    x = data.parts["train"][:20_000].flatten(1)
+    mean, covariance = x.mean(0), torch.cov(x.T)
+    apart = torch.cdist(batch.context.coordinates, batch.grid.expand(len(batch.images), -1, -1))
+    k = apart.argmin(-1)  # (B, m)
+    among = covariance[k[:, :, None], k[:, None]] + noise * torch.eye(k.shape[1])
+    away = batch.readings.flatten(1) - mean[k]
+    found = (
+        mean + (covariance[:, k].movedim(0, 1) @ torch.linalg.solve(among, away)[..., None])[..., 0]
+    )
+    return found.view_as(batch.images)
 
 
 def known(shown: torch.Tensor, batch: Observed) -> torch.Tensor:
@@ -207,10 +230,10 @@ def show(file: Path) -> None:
                 rates = ", ".join(f"{r['step_rate']:g}" for r in mine)
                 size = f"{mine[0]['parameters']:,}"
                 lines.append([NAMES[method], *cells, rates, size, str(len(mine))])
-        for name in ("mean image", "known pixels"):
+        for name in ("mean image", "known pixels", "linear"):
             seeds = {r["seed"]: r[name] for r in rows if r["setting"] == setting and name in r}
             if seeds:
-                label = {"known pixels": "mean image, known pixels put in"}.get(name, name)
+                label = LABELS.get(name, name)
                 lines.append([label, interval(list(seeds.values())), *[""] * 6, str(len(seeds))])
         head = ["PSNR in dB after steps", *map(str, STEPS), "rates of steps", "trained", "seeds"]
         table(head, lines)
