@@ -14,9 +14,9 @@ appends records to `--out` (JSON lines) and goes on where it stopped; `train` ke
 `--runs`.
 
 *zero*: accuracy on the first 2,000 test images, BatchNorm with the statistics of batches of 500;
-and how many channels are distinct. *start*, on architectures of the regime ``test``: a control is
-trained with Adam from PyTorch's initialisation for `--budget` steps with every rate of a grid, and
-with the best one (accuracy at the end on 1,000 images put aside from training) from two further
+and how many channels are distinct. *start*, on architectures of the regime ``between``: a control,
+from PyTorch's initialisation, is trained with Adam for `--budget` steps, with every rate of a grid,
+and with the best one (accuracy at the end on 1,000 images put aside from training) from two further
 seeds. The target is the mean accuracy of these three there. The mean of their parameters is the
 baseline "mean of trained". Then the same from predicted parameters: the best rate of the same grid,
 two further seeds (order of the images), and the first evaluation at which the mean curve reaches
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets_zoo import architectures
-from datasets_zoo.experiments.genotypes import Genotype, GenotypeImages
+from datasets_zoo.experiments.genotypes import REGIMES, Genotype, GenotypeImages
 from wspace.hyper.graph import channel_diversity, save_ghn
 from wspace.lit.checkpoint import Checkpoints, SafeCheckpoints
 from wspace.lit.checkpoint import read as read_checkpoint
@@ -223,10 +223,11 @@ def start(options: argparse.Namespace) -> None:
     x, y = data.images.test_x[:JUDGED], data.images.test_y[:JUDGED]
     at = looked(options.budget)
     for i in range(options.started):
-        about = {"what": "start", "name": options.name, "seed": i, "budget": options.budget}
+        about = {"what": "start", "name": options.name, "regime": "between", "seed": i,
+                 "budget": options.budget}  # fmt: skip
         if records_of(options, **about):
             continue
-        genotype = data.genotype(data.held_out + i, "test")
+        genotype = data.genotype(data.held_out + i, "between")
         with torch.no_grad():
             state = cast("dict[str, Tensor]", task.ghn(genotype.architecture.space()))
         fresh = partial(module_of, genotype)
@@ -255,17 +256,21 @@ def start(options: argparse.Namespace) -> None:
 def edge(options: argparse.Namespace) -> None:
     """The control with a rate beyond the grid, where the grid's largest was its best."""
     data = data_of(options)
-    for r in records_of(options, what="start", name=options.name, rate=max(RATES)):
-        about = {"what": "edge", "seed": r["seed"], "budget": r["budget"], "rate": BEYOND}
+    for r in records_of(
+        options, what="start", name=options.name, regime="between", rate=max(RATES)
+    ):
+        about = {"what": "edge", "regime": "between", "seed": r["seed"], "rate": BEYOND}
+        about["budget"] = r["budget"]
         if not records_of(options, **about):
-            genotype = data.genotype(data.held_out + r["seed"], "test")
+            genotype = data.genotype(data.held_out + r["seed"], "between")
             curves = [curve(module_of(genotype, s), data, BEYOND, s, r["budget"]) for s in range(3)]
             write(options.out, about | {"curve": np.mean(curves, 0).round(4).tolist()})
 
 
 def beyond(options: argparse.Namespace, record: dict[str, Any]) -> dict[str, Any]:
     """A record of `start` with the better of two controls."""
-    found = records_of(options, what="edge", seed=record["seed"], budget=record["budget"])
+    found = records_of(options, what="edge", regime="between", seed=record["seed"],
+                       budget=record["budget"])  # fmt: skip
     if not found or found[0]["curve"][-1] <= record["target"]:
         return record
     target, at = found[0]["curve"][-1], record["looked"]
@@ -301,7 +306,7 @@ def interval(values: list[float]) -> str:
 
 def show(options: argparse.Namespace) -> None:
     """Prints the tables."""
-    found = records_of(options, what="zero")
+    found = [r for r in records_of(options, what="zero") if r["regime"] in REGIMES]
     names = list(dict.fromkeys(r["name"] for r in found))
     regimes = list(dict.fromkeys(r["regime"] for r in found))
     rows = [
@@ -322,8 +327,13 @@ def show(options: argparse.Namespace) -> None:
         ["all", *[f"{np.mean([r['distinct'] for r in found if r['name'] == n]):.3f}"
                   for n in names]]
     ])  # fmt: skip
-    for name in dict.fromkeys(r["name"] for r in records_of(options, what="start")):
-        some = [beyond(options, r) for r in records_of(options, what="start", name=name)]
+    for name in dict.fromkeys(
+        r["name"] for r in records_of(options, what="start", regime="between")
+    ):
+        some = [
+            beyond(options, r)
+            for r in records_of(options, what="start", regime="between", name=name)
+        ]
         parts = [some, [r for r in some if r["family"] != "vit"]]
         head = [f"all {len(some)}", f"the {len(parts[1])} that are no transformers"]
         columns = [_start_rows(part) for part in parts]

@@ -47,8 +47,11 @@ def test_genotypes_are_their_seeds() -> None:
     drawn = {r: [genotype(i, r) for i in range(60)] for r in REGIMES}
     assert {g.family for g in drawn["train"]} == set(FAMILIES)
     assert {g.family for g in drawn["family"]} == {"resnet"}
-    known = {g.architecture for g in drawn["train"]}
-    assert sum(g.architecture in known for g in drawn["test"]) < 6  # small perceptrons repeat
+    known = {g.architecture for g in drawn["train"]} | {
+        genotype(i).architecture for i in range(400)
+    }
+    for regime in REGIMES[1:]:
+        assert not known & {g.architecture for g in drawn[regime]}
     assert all("norm" not in str(g.architecture) for g in drawn["train"] if g.family == "mlp")
     bare = [g.architecture.options["norm"] for g in drawn["bare"]]
     normed = [o["norm"] for g in drawn["train"] if "norm" in (o := g.architecture.options)]
@@ -65,7 +68,7 @@ def test_genotypes_run_on_their_images() -> None:
 
 
 def test_unknown_regimes_are_refused() -> None:
-    with pytest.raises(ZooError, match="expected train, test, wide"):
+    with pytest.raises(ZooError, match="expected train, between, wide"):
         genotype(0, "huge")
 
 
@@ -94,12 +97,12 @@ def test_batches_are_drawn_by_step() -> None:
 def test_a_tiny_fit_learns_and_judges_every_regime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = ParameterPrediction(TINY, penalty=1e-4, optimization=Optimization(lr=5e-3))
-    made = data(steps=40, tested=1)
+    made = data(steps=60, tested=1)
     run = trainer(1)
     before = float(trainer(1).validate(task, made, verbose=False)[0]["val/loss"])
     run.fit(task, made)
     after = {k: float(v) for k, v in run.callback_metrics.items()}
-    assert after["val/loss"] < 0.9 * before and after["val/accuracy"] > 0.15
+    assert after["val/loss"] < 0.95 * before and after["val/accuracy"] > 0.15
     found = run.test(task, made, verbose=False)[0]
     assert {f"test/accuracy_{r}" for r in made.regimes} < set(found)
     run.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)

@@ -3,18 +3,21 @@
 A *genotype* is a seed and a regime; it names one architecture of `datasets_zoo.architectures` with
 random widths, depth, activation and the rest. None has more than `LIMIT` parameters. The regimes:
 
-==========  ======================================================================================
-``train``   perceptrons, convolutions with BatchNorm, of one stride or several, residual networks,
-            depthwise ones, small vision transformers: up to 48 wide (perceptrons 64), at most 3
-            blocks
-``wide``    the same families, 56 to 96 wide (perceptrons 80 to 160)
-``deep``    the same families, 4 to 6 blocks or hidden layers, 6 to 8 convolutions
-``family``  residual networks in stages (`architectures.resnet`), of which training has none
-``bare``    convolutions without BatchNorm, which all convolutions in training have (but for
-            depthwise ones)
-==========  ======================================================================================
+===========  =====================================================================================
+``train``    perceptrons, convolutions with BatchNorm, of one stride or several, residual networks,
+             depthwise ones, small vision transformers: up to 48 wide (perceptrons 64), at most 3
+             blocks
+``between``  the same families and depths, of widths between those of training, 10 to 44
+             (perceptrons 18 to 62)
+``wide``     the same families, 56 to 96 wide (perceptrons 80 to 160)
+``deep``     the same families, 4 to 6 blocks or hidden layers, 6 to 8 convolutions
+``family``   residual networks in stages (`architectures.resnet`), of which training has none
+``bare``     convolutions without BatchNorm, which all convolutions in training have (but for
+             depthwise ones)
+===========  =====================================================================================
 
-Seeds of training and of ``test`` (the training distribution, other seeds) never meet.
+No architecture of another regime can be one of ``train``. (Other seeds of ``train`` would not do:
+some families have so few members that most were seen.)
 """
 
 import random
@@ -35,10 +38,11 @@ from wspace.zoo.architecture import Architecture, InputSpec
 
 LIMIT = 100_000
 FAMILIES = ("mlp", "cnn", "plain", "residual", "depthwise", "vit")
-REGIMES = ("train", "test", "wide", "deep", "family", "bare")
+REGIMES = ("train", "between", "wide", "deep", "family", "bare")
 _FAMILIES = {"family": ("resnet",), "bare": ("cnn", "plain")}
 _NARROW = (8, 12, 16, 20, 24, 32, 40, 48)
-_WIDE = (56, 64, 72, 80, 96)
+_WIDTHS = {"between": (10, 14, 18, 22, 28, 36, 44), "wide": (56, 64, 72, 80, 96)}
+_HIDDEN = {"between": tuple(range(18, 63, 4)), "wide": tuple(range(80, 161, 8))}
 
 
 class Genotype(NamedTuple):
@@ -96,11 +100,11 @@ def _options(
     family: str, regime: str, channels: int, side: int, stream: random.Random
 ) -> dict[str, Any]:
     draw: Any = stream.choice
-    deep, widths = regime == "deep", _WIDE if regime == "wide" else _NARROW
+    deep, widths = regime == "deep", _WIDTHS.get(regime, _NARROW)
     width, blocks = draw(widths), draw((4, 5, 6) if deep else (1, 2, 3))
     rest = {"activation": draw(list(ACTIVATIONS))}
     if family == "mlp":
-        sizes = tuple(range(80, 161, 8)) if regime == "wide" else tuple(range(16, 65, 4))
+        sizes = _HIDDEN.get(regime, tuple(range(16, 65, 4)))
         hidden = [draw(sizes) for _ in range(blocks)]
         return {"inputs": channels * side**2, "hidden": hidden, **rest}
     rest["channels"] = channels
@@ -120,7 +124,7 @@ def _options(
         stages = sorted(draw(widths) for _ in range(draw((2, 3))))
         return {"widths": stages, "blocks": draw((1, 2)), "stem": 2, **rest}
     if family == "vit":
-        heads = draw((1, 2, 4))
+        heads = draw([n for n in (1, 2, 4) if width % n == 0])
         return {
             "image": side, "patch": 2 if side % 4 else 4, "width": width, "blocks": blocks,
             "heads": heads, **rest,
@@ -183,7 +187,7 @@ class GenotypeImages(LightningDataModule):
         pool: Side of the squares of pixels that are averaged into one.
         families: To draw from in training; all of `FAMILIES` if empty.
         genotypes: Number of training architectures (seeds 0, 1, …).
-        held_out: Architectures for validation, of the training distribution but other seeds.
+        held_out: Architectures for validation, of the regime ``between``.
         meta_batch: Architectures in one step.
         batch_size: Images in one step.
         steps: Steps in an epoch.
@@ -206,7 +210,7 @@ class GenotypeImages(LightningDataModule):
         batch_size: int = 64,
         steps: int = 500,
         judged: int = 1000,
-        regimes: Sequence[str] = ("test", "wide", "deep", "family", "bare"),
+        regimes: Sequence[str] = ("between", "wide", "deep", "family", "bare"),
         tested: int = 30,
         seed: int = 0,
     ) -> None:
@@ -242,7 +246,7 @@ class GenotypeImages(LightningDataModule):
         self.setup()
         assert self.images is not None
         channels, side = self.images.train_x.shape[1], self.images.train_x.shape[-1]
-        chosen = self.families if regime in {"train", "test", "wide", "deep"} else ""
+        chosen = self.families if regime in {"train", "between", "wide", "deep"} else ""
         return genotype(seed, regime, channels=channels, side=side, families=chosen)
 
     def _parts(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -274,9 +278,9 @@ class GenotypeImages(LightningDataModule):
         return DataLoader(_Drawn(self, x, y), batch_size=None, sampler=_Steps(self.steps))
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """One batch for each held-out architecture of the training distribution."""
+        """One batch for each held-out architecture."""
         _, (x, y) = self._parts()
-        batches = [Batch((self.genotype(i, "test"),), x, y) for i in range(self.held_out)]
+        batches = [Batch((self.genotype(i, "between"),), x, y) for i in range(self.held_out)]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Batch]:
