@@ -165,7 +165,7 @@ class Federated(HyperTask):
             )
 
     def _clients(self, ids: Tensor) -> list[Client]:
-        return [self.data.clients[i].to(self.device) for i in ids.tolist()]
+        return [self.data.clients[i] for i in ids.tolist()]
 
     # ------------------------------------------------------------------------ steps
 
@@ -190,7 +190,8 @@ class Federated(HyperTask):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         generator = stream(self.seed, 2, self.current_epoch, batch_idx)
-        done = self.method.round(self._clients(batch), batch, self.local, generator)
+        clients = [c.to(self.device) for c in self._clients(batch)]
+        done = self.method.round(clients, batch, self.local, generator)
         if not bool(done.losses.isfinite().all()):
             raise HyperError(
                 message(
@@ -249,6 +250,7 @@ class Federated(HyperTask):
             ``accuracy``, ``tuned``, ``accuracy_masked``, ``tuned_masked``, each ``(B,)``.
         """
         with torch.inference_mode(False), torch.no_grad():
+            clients = [c.to(self.device) for c in clients]
             sent = self.method.personal(clients, ids, self.local, stream(self.seed, 3))
             how = _changed(self.local, steps=self.tune)
             tuned, _ = train_locally(self.method.target, sent, clients, how, stream(self.seed, 4))
