@@ -274,7 +274,7 @@ def test_activations_keep_their_size_under_every_rule(
         if strict and name in ONE_FACTOR:
             continue
         head = (STEADY if strict else HEADS).get(name, HEADS[name])
-        found = ratios(net, head, scheme, x, 8)
+        found = ratios(net, head, scheme, x, 16 if net is mlp else 8)
         assert found.min() > 0.5 and found.max() < 2, (scheme, found)
 
 
