@@ -51,7 +51,7 @@ OWN: dict[str, Callable[[], Head]] = {
 }
 SHARED: dict[str, Callable[[], Head]] = {
     "chunk": lambda: ChunkedHead(1000),
-    "recurrent": lambda: RecurrentHead(1000),
+    "recurrent": lambda: RecurrentHead(1000, 128),
     "shape": ComponentHead,
     "role": lambda: ComponentHead(by="role"),
     "row": lambda: ComponentHead([200], embedding=64, by="row"),
