@@ -349,3 +349,32 @@ def test_activation_variance_is_what_a_module_says() -> None:
     with pytest.raises(RuntimeError):
         activation_variance(hyper, cond, torch.randn(7, 4))
     assert not any(m._forward_hooks for m in hyper.target.modules())
+
+
+def test_attention_and_parametrised_layers_are_looked_at() -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    target = nn.Sequential(layer, normed)
+    hyper = HyperNetwork(target, TaskEmbedding(3, 4), FullHead([16]))
+    before = torch.get_rng_state()
+    found = activation_variance(hyper, torch.tensor([0, 2]), torch.randn(5, 3, 6))
+    assert {"0.self_attn", "0.linear1", "1"} <= set(found)
+    assert not any("parametrizations" in name for name in found)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    torch.randn(5, 3, 6)
+    assert torch.equal(torch.get_rng_state(), after)  # dropout drew nothing that stayed drawn
+
+
+def test_a_silent_head_cannot_be_scaled() -> None:
+    target = nn.Linear(6, 4)
+    hyper = HyperNetwork(target, TaskEmbedding(3, 4), ChunkedHead(9), "frozen", init="bias")
+    with pytest.raises(HyperError, match="ChunkedHead makes nothing to be scaled"):
+        initialize(hyper.head, "residual")
+
+
+def test_a_base_is_changed_by_little_unless_asked() -> None:
+    target = nn.Linear(60, 40)
+    made = HyperNetwork(target, TaskEmbedding(3, 4), FullHead([64]), "frozen")
+    change = made.cache(torch.arange(3))["weight"] - target.weight.detach()
+    assert float(change.std()) == pytest.approx(0.1 * (1 / 60) ** 0.5, rel=0.2)

@@ -44,7 +44,8 @@ class HyperNetwork(nn.Module):
             own, a state by name is frozen; None for none.
         select: Parameters that are generated (`wspace.hyper.target.Select`).
         share: Of the rest, parameters that are trained; None for none.
-        init: Variances to begin with (`wspace.hyper.initialize`).
+        init: Variances to begin with (`wspace.hyper.initialize`); None for ``"residual"`` on a base
+            and ``"hyperfan_in"`` without one.
         scale: Factor of what is made; 0 gives the base exactly. An option, as those of the head:
             it is not in the ``state_dict``.
         space: Weight space of the target, for the roles of its parameters; without it they follow
@@ -80,7 +81,7 @@ class HyperNetwork(nn.Module):
         *,
         select: Select = "*",
         share: Select | None = "*",
-        init: Scheme = "hyperfan_in",
+        init: Scheme | None = None,
         scale: float = 1.0,
         space: WeightSpace | None = None,
         generator: torch.Generator | None = None,
@@ -90,6 +91,7 @@ class HyperNetwork(nn.Module):
         chosen, shared = _chosen(target, select, share)
         self.weights = weights_of(target, chosen, space)
         values = _values(target, self.weights, base)
+        init = init or ("hyperfan_in" if values is None else "residual")
         check_scheme(init)
         _check(head, init, values)
         self.coverage = _coverage(target, self.weights, shared)

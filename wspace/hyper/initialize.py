@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wspace.errors import HyperError, message
 from wspace.hyper.heads.head import Head
 from wspace.hyper.target import Weight
-from wspace.restore import buffers_of, put_back
+from wspace.restore import buffers_of, drawn_again, put_back
 from wspace.space import Role
 
 if TYPE_CHECKING:
@@ -170,8 +170,9 @@ def activation_variance(hyper: "HyperNetwork", cond: Any, *args: Any) -> dict[st
         args: Inputs of the target, the same for all networks.
 
     Returns:
-        For every module without parts, by name in the order of their calls: ``(networks,)``, or
-        ``()`` without a batch of conditions. Several calls of one module are averaged.
+        For every module without parts (parametrised ones and attention count as such), by name in
+        the order of their calls: ``(networks,)``, or ``()`` without a batch of conditions. Several
+        calls of one module are averaged.
     """
     made = hyper.generate(cond)
     first = hyper.weights[0]
@@ -186,13 +187,21 @@ def activation_variance(hyper: "HyperNetwork", cond: Any, *args: Any) -> dict[st
 
         return hook
 
-    leaves = [(n, m) for n, m in hyper.target.named_modules() if not any(m.children())]
+    leaves = [(n, m) for n, m in hyper.target.named_modules() if _answers(n, m)]
     hooks = [m.register_forward_hook(watch(n)) for n, m in leaves]
     before = buffers_of(hyper.target)
     try:
-        hyper.run_with(made, *args, inputs="shared", method="loop")
+        with drawn_again(hyper.target):
+            hyper.run_with(made, *args, inputs="shared", method="loop")
     finally:
         put_back(before)
         for h in hooks:
             h.remove()
     return {n: torch.stack(x).reshape(*batch, -1).mean(-1) for n, x in seen.items()}
+
+
+def _answers(name: str, module: nn.Module) -> bool:
+    """Whether a module is looked at: it has no parts but those that compute its weights."""
+    inside = "parametrizations" in name.split(".")
+    parts = [n for n, _ in module.named_children() if n != "parametrizations"]
+    return not inside and (not parts or isinstance(module, nn.MultiheadAttention))

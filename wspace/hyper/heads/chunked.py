@@ -31,7 +31,8 @@ class ChunkedHead(Head):
 
     Entries that have the same place in different chunks come from one row of the last map. Where a
     unit's weights fill several chunks, their sum varies more than that of independent ones: take
-    chunks that are no smaller than the largest fan-in.
+    chunks of several times the largest fan-in (with one of 64 for 64 inputs, activations of a
+    network without a base grow by 4 in 6 layers; with one of 1,000 they keep their size).
 
     Args:
         chunk: Entries of a chunk.

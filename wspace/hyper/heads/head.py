@@ -86,6 +86,9 @@ class Head(nn.Module):
         Args:
             variances: Second moment of the entries of every weight, by name.
             generator: Source of randomness.
+
+        Raises:
+            HyperError: If zeros are made of all vectors, which no gain changes.
         """
         with torch.no_grad():
             vectors = normal_vectors(self, self.width, generator)
@@ -96,8 +99,14 @@ class Head(nn.Module):
                 total += torch.stack(moments) * (len(e) if self.width else 1)
             wanted = torch.tensor([variances[w.name] for w in self.weights]).to(total)
             moment = total / (len(vectors) if self.width else 1)
-            gains = torch.where(moment > 0, (wanted / moment).sqrt(), 1.0)
-            self.gains.copy_(gains)
+            silent = [w.name for w, m in zip(self.weights, moment.tolist(), strict=True)
+                      if not m and w.numel]  # fmt: skip
+            if silent:
+                raise HyperError(
+                    message(f"hypernetwork: {type(self).__name__} makes nothing to be scaled",
+                            got=silent[:8], help="initialize before init='bias', or wider layers")
+                )  # fmt: skip
+            self.gains.copy_(torch.where(moment > 0, (wanted / moment).sqrt(), 1.0))
 
     def silence(self) -> None:
         """Sets the last map to zero, so that nothing is made until it is trained."""
