@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=["labels", "switch", "longer"])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--switch-steps", type=int, default=700)
-    parser.add_argument("--longer-steps", type=int, default=6000, help="of the LSTM alone")
+    parser.add_argument("--longer-steps", type=int, default=3000, help="of the LSTM alone")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--eval-batches", type=int, default=40, help="32 episodes each")
     parser.add_argument("--show", action="store_true")
