@@ -15,6 +15,7 @@ SCRIPTS = (
     *("trace_speed", "trace_scale", "act_speed", "which_models"),
     *("layer_speed", "metanet_speed", "zoo_speed", "training_speed"),
     *("align_speed", "prune_cases", "prune_speed"),
+    *("hyper_heads", "hyper_lstm", "hyper_srwm"),
 )
 
 
