@@ -33,14 +33,21 @@ from scipy import stats
 
 from datasets_zoo.experiments.pixels import Observed, Pixels
 from wspace.hyper.fields import psnr
-from wspace.lit.hyper.fields import METHODS, NeuralField
+from wspace.lit.hyper.fields import NeuralField
 from wspace.lit.task import Optimization
 
 STEPS = (0, 1, 3, 10, 30)
 STEP_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 INNER_RATES = (1e-3, 3e-3)
 TUNING_SEED = 1000
+ARMS: dict[str, dict[str, Any]] = {
+    "linear": {"method": "weights", "head_options": {"hidden": []}},
+    "weights": {"method": "weights"},
+    "modulation": {"method": "modulation"},
+    "initial": {"method": "initial"},
+}
 NAMES = {
+    "linear": "hypernetwork, all weights, linear head",
     "weights": "hypernetwork, all weights",
     "modulation": "hypernetwork, FiLM",
     "initial": "initial weights (MAML)",
@@ -73,7 +80,7 @@ def trained(
 ) -> tuple[NeuralField, float]:
     """A trained task, and the processor time it took."""
     task = NeuralField(
-        method,
+        **ARMS[method],
         hidden=(32, 32),
         omega=options.omega,
         places=2 if options.sensors == "pixels" else 3,
@@ -223,7 +230,7 @@ def show(file: Path) -> None:
     for setting in dict.fromkeys(r["setting"] for r in rows):
         print(f"\n### {setting}\n")
         lines: list[list[str]] = []
-        for method in METHODS:
+        for method in ARMS:
             mine = [r for r in rows if r["setting"] == setting and r["method"] == method]
             if mine:
                 cells = [interval([r["test"][i] for r in mine]) for i in range(len(STEPS))]
@@ -244,6 +251,7 @@ def plot(options: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as plt
 
     seed = options.seeds[0]
@@ -253,11 +261,11 @@ def plot(options: argparse.Namespace) -> None:
     seen = known(torch.full_like(batch.images, float("nan")), batch)
     rows: list[tuple[str, torch.Tensor]] = [("image", batch.images), ("read", seen)]
     done = [r for r in read(options.out) if r["seed"] == seed and "test" in r]
-    for method in METHODS:
+    for method, how in ARMS.items():
         for row in (
             r for r in done if r["method"] == method and r["setting"] == setting_of(options)
         ):
-            task = NeuralField(method, omega=options.omega, step_lr=row["step_rate"], seed=seed)
+            task = NeuralField(**how, omega=options.omega, step_lr=row["step_rate"], seed=seed)
             weights = torch.load(options.keep / f"{method}_{seed}.pt", weights_only=True)
             task.load_state_dict(weights)
             states = task.adapted(batch.context, batch.readings, (0, 10))
@@ -268,7 +276,7 @@ def plot(options: argparse.Namespace) -> None:
     for line, (name, shown) in zip(axes, rows, strict=True):
         for i, axis in enumerate(line):
             picture = shown[i, :, 0].reshape(side, side).detach()
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="none")
             axis.set_facecolor("#d8c8a8")
             axis.set_xticks([])
             axis.set_yticks([])
@@ -295,7 +303,7 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=200)
     parser.add_argument("--omega", type=float, default=10.0)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--plot", type=Path, default=None)
