@@ -98,11 +98,17 @@ def samples(rounds: int) -> list[dict[str, Any]]:
         ) -> None:
             hyper.run(cond, x, inputs="samples", method=method).square().sum().backward()
 
+        def alone(hyper: HyperNetwork = hyper, cond: Tensor = cond, x: Tensor = x) -> None:
+            """What is written where a library has no weights for each sample."""
+            found = [hyper.run(c, y[None]) for c, y in zip(cond, x, strict=True)]
+            torch.cat(found).square().sum().backward()
+
         runs = {f"{part} {method}": partial(run, method)
                 for part, run in (("target", target), ("whole", whole))
                 for method in ("vmap", "loop")}  # fmt: skip
-        timings = harness.interleaved(runs, rounds)
-        for part in ("target", "whole"):
+        timings = harness.interleaved({**runs, "sample by sample loop": alone}, rounds)
+        timings["sample by sample vmap"] = timings["whole vmap"]
+        for part in ("target", "whole", "sample by sample"):
             fast, slow = timings[f"{part} vmap"], timings[f"{part} loop"]
             found.append({"network": name, "part": part, "vmap_s": fast.median,
                           "loop_s": slow.median, "ratio": slow.ratio(fast)})  # fmt: skip

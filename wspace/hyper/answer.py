@@ -27,8 +27,9 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)  # noqa: PLR0124 (NaN)
 
 
-_TABLES = ("_buffers", "_parameters", "_modules")
-"""Attributes of a module that hold others."""
+_STANDARD = frozenset(nn.Module().__dict__)
+"""Attributes that every module has."""
+_HOLDERS = (Tensor, list, tuple, dict, deque)
 LARGE = 1 << 16
 """Entries of a buffer that is taken for a constant (a mask, a table of positions)."""
 
@@ -175,7 +176,7 @@ def escaped(module: nn.Module) -> list[str]:
         f"{path}.{name}".removeprefix(".")
         for path, m in module.named_modules()
         for name, x in (*m.__dict__.items(), *m.__dict__["_buffers"].items())
-        if name not in _TABLES and _is_dead(x)
+        if name not in _STANDARD and isinstance(x, _HOLDERS) and _is_dead(x)
     ]
 
 
