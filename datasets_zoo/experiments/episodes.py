@@ -179,7 +179,8 @@ class _Places(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, i) for i in range(self.number)])
+        for i in range(self.number):  # lazily: Lightning sets the epoch after it asks for this
+            yield self.epoch, i
 
     def __len__(self) -> int:
         return self.number

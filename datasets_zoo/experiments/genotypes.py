@@ -160,7 +160,8 @@ class _Steps(Sampler[int]):
         return self.steps
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.steps, (self.epoch + 1) * self.steps))
+        for i in range(self.steps):  # lazily: Lightning sets the epoch after it asks for this
+            yield self.epoch * self.steps + i
 
 
 class _Drawn(Dataset[Batch]):

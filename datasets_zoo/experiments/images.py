@@ -4,18 +4,19 @@ Images are standardised, lie in memory and are drawn a batch at a time, so that 
 network is not spent on loading. What is random depends on `seed` alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from torch.utils.data import TensorDataset as Tensors
 
 from datasets_zoo.images import standardised
 from wspace.errors import ZooError, message
+from wspace.lit.data import stream
 
 PARTS = ("train", "val", "test")
 """Names of the parts of a data set."""
@@ -60,7 +61,6 @@ class ImageData(LightningDataModule):
         self.dataset, self.root = name, None if root is None else Path(root)
         self.batch_size, self.validation, self.limit = batch_size, validation, limit
         self.pad, self.flip, self.seed = pad, flip, seed
-        self.generator = torch.Generator().manual_seed(seed)
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def setup(self, stage: str) -> None:
@@ -96,7 +96,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches, shuffled; the last one may be smaller."""
-        return batches(self.parts["train"], self.batch_size, self.generator)
+        return batches(self.parts["train"], self.batch_size, self.seed)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """What was put aside, in batches of 1,000."""
@@ -112,7 +112,8 @@ class ImageData(LightningDataModule):
         if self.trainer is None or not self.trainer.training or not (self.pad or self.flip):
             return batch
         x, y = batch
-        return moved_about(x, self.pad, flip=self.flip, generator=self.generator), y
+        drawn = stream(self.seed, 1, self.trainer.global_step)  # so that a resumed run goes on
+        return moved_about(x, self.pad, flip=self.flip, generator=drawn), y
 
 
 def counted(amount: float, whole: int) -> int:
@@ -140,24 +141,44 @@ def counted(amount: float, whole: int) -> int:
     return number
 
 
-def batches(
-    parts: Sequence[Tensor], size: int, generator: torch.Generator | None = None
-) -> DataLoader[Any]:
+class _Shuffled(Sampler[int]):
+    """Rows in an order of their own in every epoch, which Lightning says by `set_epoch`."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self.count, generator=stream(self.seed, 0, self.epoch)).tolist()
+
+
+class _Grouped(BatchSampler):
+    """Batches of rows; passes the epoch on."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.sampler, _Shuffled):
+            self.sampler.set_epoch(epoch)
+
+
+def batches(parts: Sequence[Tensor], size: int, seed: int | None = None) -> DataLoader[Any]:
     """A loader that indexes tensors a batch at a time.
 
     Args:
         parts: Tensors of one length.
         size: Rows in a batch; the last may have fewer.
-        generator: Shuffles; None for the given order.
+        seed: Of the orders, one for every epoch; None for the given order.
 
     Returns:
         The loader; its batches are lists of tensors.
     """
     data = Tensors(*parts)
-    order = (
-        SequentialSampler(data) if generator is None else RandomSampler(data, generator=generator)
-    )
-    return DataLoader(data, batch_size=None, sampler=BatchSampler(order, size, drop_last=False))
+    order = SequentialSampler(data) if seed is None else _Shuffled(len(data), seed)
+    return DataLoader(data, batch_size=None, sampler=_Grouped(order, size, drop_last=False))
 
 
 def moved_about(

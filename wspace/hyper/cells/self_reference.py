@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from wspace.errors import HyperError, message
 
@@ -230,10 +229,16 @@ class _Fused(torch.autograd.Function):
         return outputs[..., :d].clone(), w
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Any
     ) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():  # else they would be dropped wherever `grads` are constants
+            raise HyperError(
+                message(
+                    "SRWM: second derivatives of the gradient that is written by hand",
+                    help="SRWM(…, fused=False) has them",
+                )
+            )
         x, outputs, keys, moves, changes, *known = cast(tuple[Tensor, ...], ctx.saved_tensors)
         steps, n, d = x.shape
         block = _blocks(d, x.device)

@@ -25,6 +25,7 @@ from wspace.hyper.continual import (
     used_outputs,
 )
 from wspace.hyper.ewc import EWC, fisher
+from wspace.lit.data import stream
 from wspace.lit.hyper.named import head_named, target_named
 from wspace.lit.hyper.task import HyperTask
 from wspace.lit.task import Optimization
@@ -140,7 +141,7 @@ class Continual(HyperTask):
         self.matrix = torch.full((self.tasks, self.tasks), torch.nan)
         self.needed: dict[str, Tensor] = {}  # Fisher information of the present task
         self.first: dict[str, Tensor] = {}  # the first task's weights when it was done
-        self._recent: list[tuple[Tensor, Tensor]] = []
+        self.recent: list[tuple[Tensor, Tensor]] = []
         self._counts: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------ tasks
@@ -211,7 +212,7 @@ class Continual(HyperTask):
             optimizer = cast(Any, self.optimizers()).optimizer
             optimizer.state.clear()
             optimizer.param_groups[0]["params"].extend(self._grown())
-        self.task, self._recent = task, []
+        self.task, self.recent = task, []
         if self.uses_outputs and self.done:
             where = torch.tensor(self.done, device=self.device)
             self.regularizer.start(where, self._importance() if self.mask else None)
@@ -238,8 +239,8 @@ class Continual(HyperTask):
 
     def on_train_epoch_end(self) -> None:
         """Estimates what the present task needs."""
-        if self.uses_elastic and self._recent and self.task is not None:
-            x, y = (torch.cat(parts)[: self.examples] for parts in zip(*self._recent, strict=True))
+        if self.uses_elastic and self.recent and self.task is not None:
+            x, y = (torch.cat(parts)[: self.examples] for parts in zip(*self.recent, strict=True))
             del y
             mode = self.network.training
             self.network.eval()
@@ -289,8 +290,8 @@ class Continual(HyperTask):
         x, y, task = batch[0], batch[1], int(batch[2])
         if self.method != "joint" and task != self.task:
             self.change(task)
-        if self.uses_elastic and len(self._recent) * len(y) < self.examples:
-            self._recent.append((x, y))
+        if self.uses_elastic and len(self.recent) * len(y) < self.examples:
+            self.recent.append((x, y))
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         used = self.classes[task]
@@ -316,7 +317,8 @@ class Continual(HyperTask):
         if not self.done:
             return None
         if self.uses_outputs:
-            return self.regularizer.penalty(shift)
+            drawn = stream(self.task or 0, self.global_step)  # so that a resumed run goes on
+            return self.regularizer.penalty(shift, generator=drawn)
         return self.elastic.penalty(self.moving()) if self.uses_elastic else None
 
     # ------------------------------------------------------------ judging
@@ -402,11 +404,7 @@ class Continual(HyperTask):
         """Adds what is remembered of earlier tasks."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["continual"] = {
-            "task": self.task,
-            "done": self.done,
-            "matrix": self.matrix,
-            "needed": self.needed,
-            "first": self.first,
+            **{name: getattr(self, name) for name in _REMEMBERED},
             "regularizer": self.regularizer.state_dict(),
             "elastic": self.elastic.state_dict(),
         }
@@ -416,8 +414,8 @@ class Continual(HyperTask):
         found = checkpoint.get("continual")
         if found is None:
             return
-        self.task, self.done, self.matrix = found["task"], list(found["done"]), found["matrix"]
-        self.needed, self.first = found["needed"], found["first"]
+        for name in _REMEMBERED:
+            setattr(self, name, found[name])
         self.regularizer.load_state_dict(found["regularizer"])
         self.elastic.load_state_dict(found["elastic"])
 
@@ -451,6 +449,7 @@ class Continual(HyperTask):
         return cast(RecurrentHead, self.hyper.head).units
 
 
+_REMEMBERED = ("task", "done", "matrix", "needed", "first", "recent")
 _UNITS = "network.head.units."
 
 
