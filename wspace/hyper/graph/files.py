@@ -1,19 +1,23 @@
 """Graph hypernetworks in files: safetensors, with their options and a card in the header."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from wspace.errors import CheckpointError, HyperError, message
 from wspace.hyper.graph.network import GraphHyperNetwork
+from wspace.io.shipped import Shipped
 
-TRAINED = Path(__file__).parent.parent / "trained"
 SHIPPED: tuple[str, ...] = ("ghn-small",)
 """Names that `load_ghn` knows."""
-FORMAT = "wspace-ghn-1"
+
+_FILES = Shipped(
+    folder=Path(__file__).parent.parent / "trained",
+    names=SHIPPED,
+    format="wspace-ghn-1",
+    reader="load_ghn",
+    kind="a graph hypernetwork",
+    writer="save_ghn",
+)
 
 
 def save_ghn(
@@ -31,17 +35,7 @@ def save_ghn(
         card: What a reader should know: data, seeds, results; anything that JSON can hold.
         half: Whether to write numbers in half precision.
     """
-    from safetensors.torch import save_file
-
-    metadata = {
-        "format": FORMAT,
-        "options": json.dumps(ghn.options),
-        "card": json.dumps(dict(card or {})),
-    }
-    state = {k: x.detach().cpu().contiguous() for k, x in ghn.state_dict().items()}
-    if half:
-        state = {k: x.half() for k, x in state.items()}
-    save_file(state, path, metadata)
+    _FILES.save(ghn, ghn.options, path, card=card, half=half)
 
 
 def load_ghn(name: str | Path) -> GraphHyperNetwork:
@@ -56,19 +50,7 @@ def load_ghn(name: str | Path) -> GraphHyperNetwork:
     Raises:
         CheckpointError: If there is no such hypernetwork, or the file holds something else.
     """
-    path = _place(name)
-    metadata, state = _read(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(_bad(path, metadata.get("format") or "weights of another network"))
-    try:
-        ghn = GraphHyperNetwork(**json.loads(metadata["options"]))
-    except (TypeError, KeyError, ValueError, HyperError) as error:  # of a later version, or damaged
-        raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
-    wanted = {k: x.shape for k, x in ghn.state_dict().items()}
-    if wanted != {k: x.shape for k, x in state.items()}:
-        raise CheckpointError(_bad(path, "tensors of another form"))
-    ghn.load_state_dict({k: x.float() for k, x in state.items()})
-    return ghn.eval().requires_grad_(requires_grad=False)
+    return _FILES.load(name, GraphHyperNetwork)
 
 
 def ghn_card(name: str | Path) -> dict[str, Any]:
@@ -80,29 +62,4 @@ def ghn_card(name: str | Path) -> dict[str, Any]:
     Returns:
         What `save_ghn` was given.
     """
-    found: dict[str, Any] = json.loads(_read(_place(name))[0].get("card", "{}"))
-    return found
-
-
-def _place(name: str | Path) -> Path:
-    return TRAINED / f"{name}.safetensors" if name in SHIPPED else Path(name)
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return dict(file.metadata() or {}), state
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
-
-
-def _bad(path: Path, got: str) -> str:
-    known = ", ".join(SHIPPED) or "none in this version"
-    return message(
-        f"load_ghn: {str(path)!r} is not a graph hypernetwork",
-        expected=f"a file written by `save_ghn`, or a name: {known}",
-        got=got,
-    )
+    return _FILES.card(name)

@@ -5,7 +5,6 @@ makes an importance of it, `wspace.prune.learned.learning` trains it on networks
 measured.
 """
 
-import json
 import zlib
 from collections.abc import Mapping
 from functools import lru_cache
@@ -17,18 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from wspace.action import shape_of
-from wspace.errors import CheckpointError, message
 from wspace.graph import ParameterGraph
 from wspace.graph.structure import Structure
+from wspace.io.shipped import Shipped
 from wspace.nn.embed import Embedding, block_words, node_words
 from wspace.nn.gmn import GraphMetanet
 from wspace.prune.learned.features import FEATURES, LOGS, SMALL, estimated, unit_features
 from wspace.prune.learned.nodes import unit_nodes
 from wspace.prune.restriction import prunable
 
-FORMAT = "wspace-unit-predictor-1"
-TRAINED = Path(__file__).parent / "trained"
-SHIPPED = tuple(sorted(file.stem for file in TRAINED.glob("*.safetensors")))
+_TRAINED = Path(__file__).parent / "trained"
+SHIPPED = tuple(sorted(file.stem for file in _TRAINED.glob("*.safetensors")))
 """Names of the predictors that come with the package."""
 
 BUCKETS = 512
@@ -204,6 +202,16 @@ class UnitPredictor(nn.Module):
 # ----------------------------------------------------------------------------- files
 
 
+_FILES = Shipped(
+    folder=_TRAINED,
+    names=SHIPPED,
+    format="wspace-unit-predictor-1",
+    reader="Predicted",
+    kind="a predictor of effects",
+    writer="save_predictor",
+)
+
+
 def save_predictor(
     predictor: UnitPredictor, path: str | Path, *, card: Mapping[str, Any] | None = None
 ) -> None:
@@ -214,15 +222,7 @@ def save_predictor(
         path: File to write, safetensors.
         card: What a reader should know: data, seeds, results; anything that JSON can hold.
     """
-    from safetensors.torch import save_file
-
-    metadata = {
-        "format": FORMAT,
-        "options": json.dumps(predictor.options),
-        "card": json.dumps(dict(card or {})),
-    }
-    state = {k: x.detach().cpu().contiguous() for k, x in predictor.state_dict().items()}
-    save_file(state, path, metadata)
+    _FILES.save(predictor, predictor.options, path, card=card)
 
 
 def load_predictor(name: str | Path) -> UnitPredictor:
@@ -237,19 +237,7 @@ def load_predictor(name: str | Path) -> UnitPredictor:
     Raises:
         CheckpointError: If there is no such predictor, or the file holds something else.
     """
-    path = _place(name)
-    metadata, state = _read(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(_bad(path, metadata.get("format") or "weights of another network"))
-    try:
-        predictor = UnitPredictor(**json.loads(metadata["options"]))
-    except (TypeError, KeyError, ValueError) as error:  # of a later version, or damaged
-        raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
-    wanted = {k: x.shape for k, x in predictor.state_dict().items()}
-    if wanted != {k: x.shape for k, x in state.items()}:
-        raise CheckpointError(_bad(path, "tensors of another form"))
-    predictor.load_state_dict(state)
-    return predictor.eval().requires_grad_(False)
+    return _FILES.load(name, UnitPredictor)
 
 
 def predictor_card(name: str | Path) -> dict[str, Any]:
@@ -261,28 +249,4 @@ def predictor_card(name: str | Path) -> dict[str, Any]:
     Returns:
         What `save_predictor` was given.
     """
-    return cast("dict[str, Any]", json.loads(_read(_place(name))[0].get("card", "{}")))
-
-
-def _place(name: str | Path) -> Path:
-    return TRAINED / f"{name}.safetensors" if name in SHIPPED else Path(name)
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return dict(file.metadata() or {}), state
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(_bad(path, f"{type(error).__name__}: {error}")) from error
-
-
-def _bad(path: Path, got: str) -> str:
-    known = ", ".join(SHIPPED) or "none in this version"
-    return message(
-        f"Predicted: {str(path)!r} is not a predictor of effects",
-        expected=f"a file written by `save_predictor`, or a name: {known}",
-        got=got,
-    )
+    return _FILES.card(name)
