@@ -175,7 +175,7 @@ def test_checkpoint_keeps_scale_and_options(tmp_path: Path) -> None:
 
 
 def test_wrong_options() -> None:
-    with pytest.raises(HyperError, match="no such method"):
+    with pytest.raises(HyperError, match="got method 'fedprox'"):
         federated("fedprox")
     with pytest.raises(HyperError, match="clients of 5") as caught:
         trainer().fit(federated("pefll"), datamodule=clients(seen=5))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 
 from datasets_zoo.experiments import (
@@ -18,6 +19,7 @@ from datasets_zoo.experiments import (
     SplitTasks,
     TextData,
 )
+from wspace.errors import HyperError
 from wspace.lit.checkpoint import SafeCheckpoints
 from wspace.lit.hyper import (
     CharacterModel,
@@ -133,3 +135,60 @@ def test_resumed_is_not_stopped(name: str, tmp_path: Path) -> None:
         for n, x in other.state_dict().items()
         if n in whole.state_dict()
     )
+
+
+# ------------------------------------------------------------------- what training may see
+
+
+def rows_in(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many rows of `a` are rows of `b`, bit by bit."""
+    known = {x.numpy().tobytes() for x in b}
+    return sum(x.numpy().tobytes() in known for x in a)
+
+
+def test_training_sees_no_image_that_was_put_aside() -> None:
+    genotypes = GenotypeImages("digits", steps=2, meta_batch=1, genotypes=4, judged=200)
+    genotypes.setup()
+    (x, _), (aside, _) = genotypes._parts()
+    assert len(aside) == 200
+    episodes = Episodes("digits", batch_size=4, batches=3)
+    episodes.setup()
+    pools = {part: pool.images for part, pool in episodes.pools.items()}
+    pairs = {
+        "genotypes": (aside, x),
+        "genotypes, test": (genotypes.images.test_x, x),
+        "episodes": (pools["val"], pools["train"]),
+        "episodes, test": (pools["test"], pools["train"]),
+        "episodes, held out": (pools["held_out"], pools["train"]),
+    }
+    for name, (judged, trained) in pairs.items():
+        assert len(judged) and len(trained), name
+        assert rows_in(judged, trained) == 0, name
+    assert rows_in(x[:5], x) == 5  # the count finds what is there
+
+
+def test_configured_choices_are_not_made_on_test_images() -> None:
+    root = Path(__file__).parent.parent / "configs" / "hyper"
+    for file in sorted(root.glob("continual_*.yaml")):
+        options = yaml.safe_load(file.read_text())["data"]["init_args"]
+        data = SplitTasks(**{**options, "name": "digits"})
+        data.setup("fit")
+        for val, test in zip(data.parts["val"], data.parts["test"], strict=True):
+            assert rows_in(val[0], test[0]) == 0
+
+
+def test_federated_options_are_checked() -> None:
+    with pytest.raises(HyperError, match=r"descriptor 'imagez'(.|\n)*clip -1"):
+        Federated("pefll", clients=4, kernels=2, taps=3, descriptor="imagez", clip=-1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layer", ["srwm", "fake_sr", "delta_net"])
+def test_fast_weights_leave_autocast(layer: str) -> None:
+    model = FewShot(layer, image=[1, 8, 8], width=16, layers=1, heads=2)
+    data = Episodes("digits", batch_size=4, batches=1)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.training_step(batch, 0)
+    loss.backward()
+    assert loss.isfinite()

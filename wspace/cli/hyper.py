@@ -45,7 +45,7 @@ def hyper_options(it: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", metavar="FILE", help="write the findings as JSON; - for stdout")
     sub = command("generate", _generate, "write the weights that a trained hypernetwork makes")
     sub.add_argument("ckpt", metavar="CKPT", help="what `wspace fit` wrote")
-    sub.add_argument("--cond", type=int, metavar="N", help="number of the task or client")
+    sub.add_argument("--cond", type=int, metavar="N", help="number of the task")
     sub.add_argument("--out", metavar="FILE", required=True, help="checkpoint to write")
     _trust_option(sub)
     sub = command("predict", _predict, "predict the parameters of a model from its graph")

@@ -30,7 +30,8 @@ class SetEncoder(nn.Module):
         use: How y enters: ``"channels"`` appended to x (to every pixel), ``"linear"`` by a linear
             map added to what is said of x, ``"only"`` by that map alone, without x.
         standardize: True to shift and scale the vectors by two numbers, so that the entries of
-            those of the first call with a set, in whatever mode, have mean 0 and variance 1.
+            those of the first call in training mode have mean 0 and variance 1; until then they
+            are left as they are.
         generator: Source of randomness.
 
     Attributes:
@@ -115,7 +116,7 @@ class SetEncoder(nn.Module):
     def _standard(self, pooled: Tensor) -> Tensor:
         if not self.standardize:
             return pooled
-        if pooled.numel() and not bool(self.size > 0):
+        if self.training and pooled.numel() and not bool(self.size > 0):
             with torch.no_grad():
                 spread, middle = pooled.std(correction=0), pooled.mean()
                 if not bool(spread.isfinite()):

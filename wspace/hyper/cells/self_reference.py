@@ -7,12 +7,30 @@ fast weights follow the delta rule but whose slow ones stay. All map ``(*batch, 
 the same shape and carry a state; each batch element has fast weights of its own.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from wspace.errors import HyperError, message
+
+Run = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _exactly(run: Run) -> Run:
+    """Runs outside of autocast, in the type of the weights: errors of fast weights add up."""
+
+    @wraps(run)
+    def wrapped(cell: Any, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not torch.is_autocast_enabled(x.device.type):
+            return run(cell, x, state)
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = cell.weight.dtype
+            return run(cell, x.to(dtype), None if state is None else state.to(dtype))
+
+    return wrapped
 
 
 class FastWeightCell(nn.Module):
@@ -150,6 +168,7 @@ class SRWM(FastWeightCell):
         self.weight.normal_(0, self.size**-0.5, generator=generator)
         self.weight[:, -4:] += self.beta_init
 
+    @_exactly
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs over a sequence.
 
@@ -282,6 +301,7 @@ class FakeSR(SRWM):
     and b are not used. What it answers at a step depends on the input of that step alone.
     """
 
+    @_exactly
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The product of the initial matrix, and the state if any, with every input.
 
@@ -350,6 +370,7 @@ class DeltaNet(FastWeightCell):
         """
         self.weight.normal_(0, self.width**-0.5, generator=generator)
 
+    @_exactly
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs over a sequence.
 

@@ -130,7 +130,12 @@ class GraphHyperNetwork(nn.Module):
         Returns:
             A state for each of them.
         """
-        batch = batched(graphs, self.embedding.degrees.weight.device)
+        device = self.embedding.degrees.weight.device
+        with torch.autocast(device.type, enabled=False):  # weights are wanted exactly
+            return self._predicted(graphs, device)
+
+    def _predicted(self, graphs: Sequence[ArchitectureGraph], device: torch.device) -> list[State]:
+        batch = batched(graphs, device)
         x = self.body(self.embedding(batch), batch)
         n = x.shape[1]
         wanted = [

@@ -411,6 +411,7 @@ class Continual(HyperTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what `on_save_checkpoint` added; of weights alone there is nothing to take."""
+        super().on_load_checkpoint(checkpoint)
         found = checkpoint.get("continual")
         if found is None:
             return

@@ -31,6 +31,7 @@ from wspace.lit.task import Optimization
 _Options = TypeVar("_Options", LocalTraining, Optimization)
 
 METHODS = ("pefll", "pfedhn", "fedavg", "local")
+DESCRIPTORS = ("images", "labels")
 
 
 class _Data(Protocol):
@@ -150,6 +151,8 @@ class Federated(HyperTask):
         options = dict(self.hparams)
         shape = (options["channels"], options["size"], options["size"])
         bad = [f"clients of {data.seen}"] if data.seen != self.clients else []
+        if self.trainer.world_size > 1:  # the simulated server's gradients are not reduced
+            bad.append(f"{self.trainer.world_size} processes, where one simulates all clients")
         x = data.clients[0].train.x
         bad += [f"images of {tuple(x.shape[1:])}"] if tuple(x.shape[1:]) != shape else []
         most = max(int(c.train.y.max()) for c in data.clients)
@@ -234,7 +237,7 @@ class Federated(HyperTask):
         found = self.judged(self._clients(batch), None if new else batch, "test")
         who = "unseen" if new else "seen"
         named = {f"test/{who}_{n}": x.mean() for n, x in found.items()}
-        self.log_dict(named, batch_size=len(batch), add_dataloader_idx=False)
+        self.log_dict(named, batch_size=len(batch), add_dataloader_idx=False, sync_dist=True)
 
     def judged(
         self, clients: Sequence[Client], ids: Tensor | None, part: Part = "test"
@@ -267,6 +270,14 @@ class Federated(HyperTask):
 def _method(o: dict[str, Any]) -> FederatedMethod:
     """The method that options say, with its networks."""
     name, width, seed = o["method"], o["width"], o["seed"]
+    wrong = [f"method {name!r}"] if name not in METHODS else []
+    wrong += [f"descriptor {o['descriptor']!r}"] if o["descriptor"] not in DESCRIPTORS else []
+    wrong += [f"clip {o['clip']}"] if not o["clip"] > 0 else []
+    if wrong:
+        raise HyperError(
+            message("Federated: options", got=wrong,
+                    expected=f"{', '.join(METHODS)}; {', '.join(DESCRIPTORS)}; a positive clip")
+        )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         shape = (o["channels"], o["size"], o["classes"])
@@ -277,10 +288,6 @@ def _method(o: dict[str, Any]) -> FederatedMethod:
         return LocalOnly(target, o["clients"], o["new_rounds"])
     if name == "fedavg":
         return FedAvg(target)
-    if name not in METHODS:
-        raise HyperError(
-            message("Federated: no such method", expected=", ".join(METHODS), got=repr(name))
-        )
     server = HyperServer(
         target,
         width,

@@ -179,8 +179,16 @@ class ParameterPrediction(HyperTask):
         Args:
             batch: Architectures, images and labels.
             batch_idx: Number of the batch.
+
+        Raises:
+            HyperError: If there are several processes.
         """
         del batch_idx
+        if self.trainer.world_size > 1:
+            raise HyperError(
+                message("ParameterPrediction: regimes are told apart in one process",
+                        got=f"{self.trainer.world_size} processes", help="--trainer.devices 1")
+            )  # fmt: skip
         self._judge(batch, "test")
 
     def _judge(self, batch: CandidateBatch, stage: str) -> None:

@@ -123,7 +123,7 @@ def generate(task: HyperTask, cond: int | None = None) -> State:
 
     Args:
         task: From `load_hyper`, or after training.
-        cond: Number of the task or client; None if there is no condition.
+        cond: Number of the task; None if there is no condition.
 
     Returns:
         Tensors by name, as in the target's ``state_dict``.
@@ -140,7 +140,7 @@ def generate(task: HyperTask, cond: int | None = None) -> State:
                 f"generate: condition {cond}",
                 expected="none: there is no condition" if count is None
                 else f"a number from 0 to {count - 1}",
-                help="--cond N chooses the task or client",
+                help="--cond N chooses the task",
             )
         )  # fmt: skip
     where: Tensor | None = None if cond is None else torch.tensor(cond)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from wspace.lit.task import Optimization
 
@@ -30,6 +31,7 @@ class HyperTask(LightningModule):
     def __init__(self, optimization: Optimization | None = None) -> None:
         super().__init__()
         self.resumes = False
+        self._random: Tensor | None = None  # state of torch's generator, to begin with
         self.optimization = optimization or Optimization(weight_decay=0.0)
 
     def configure_optimizers(self) -> Any:
@@ -73,6 +75,22 @@ class HyperTask(LightningModule):
         options = {k: plain(v) for k, v in dict(self.hparams).items()}
         checkpoint["wspace"] = {"task": type(self).__name__, "config": options}
         checkpoint["hyper_parameters"] = options
+        checkpoint["random"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the state of torch's generator, which dropout draws from.
+
+        Args:
+            checkpoint: What Lightning read.
+        """
+        self._random = checkpoint.get("random")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Before the first step after a resumption, sets the generator as it was."""
+        del batch, batch_idx
+        if self._random is not None:
+            torch.set_rng_state(self._random.cpu())
+            self._random = None
 
     def log_all(self, values: Mapping[str, Any], stage: str, size: int) -> None:
         """Logs quantities as ``stage/name``: each step's in training, else the mean of an epoch.
@@ -83,7 +101,8 @@ class HyperTask(LightningModule):
             size: Examples that they are means over.
         """
         named = {f"{stage}/{name}": value for name, value in values.items()}
-        self.log_dict(named, batch_size=size, on_step=stage == "train", on_epoch=stage != "train")
+        judged = stage != "train"
+        self.log_dict(named, batch_size=size, on_step=not judged, on_epoch=judged, sync_dist=judged)
 
 
 def plain(value: Any) -> Any:
