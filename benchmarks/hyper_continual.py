@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--sweep", choices=("beta", "lambda"))
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", module="lightning")  # advice on workers and logging
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     done = [json.loads(line) for line in options.file.open()] if options.file.exists() else []
     if options.show:
