@@ -2,9 +2,13 @@
 
 For every task Adam's constant learning rate is tuned by the final validation loss with a seed that
 is not tested; the peak of Adam with a cosine schedule is that rate or twice it, and likewise the
-rate of nowcasters with a rate of their own. Others use Adam's rate. All nowcasters have one period,
-one decay of horizons, and a guard on held training examples. For one seed, all methods see the same
-initial weights and batches.
+rate of nowcasters with a rate of their own. Others use Adam's rate. Nowcasters with a predictor
+have one period, one decay of horizons, and a guard on held training examples. For one seed, all
+methods see the same initial weights and batches.
+
+`drift` has its defaults and no guard. It, "Adam, averaged" and "SNOO, averaged" are measured at the
+short running average that `Drift` keeps, whatever moves the parameters; "not averaged" is the same
+run of `drift` at the parameters themselves.
 
 Validation loss is measured every `EVERY` steps on fixed examples. A run's final loss is the mean of
 its last `LAST` measurements. It has reached a target at the first step at which the mean of its
@@ -32,12 +36,14 @@ from typing import Any
 import numpy as np
 import torch
 from harness import machine, table
+from nowcast_controls import Snoo
 from nowcast_tasks import HELD_OUT, TASKS, TUNING, Data, Task, loss_of
 from torch import nn
 
 import wspace
 from wspace import nowcast
-from wspace.nowcast import Average, Decay, Guard, LinearFit, Nowcaster
+from wspace.batchnorm import reestimate
+from wspace.nowcast import Average, Decay, Drift, Guard, LinearFit, Nowcaster
 from wspace.nowcast.predictor import Predictor
 
 ADAM, COSINE, TUNING_SEED = "Adam", "Adam, cosine", 1000
@@ -52,7 +58,13 @@ PREDICTORS: dict[str, Callable[[argparse.Namespace], Predictor]] = {
     "graph, own rate": lambda options: nowcast.load(options.graph),
 }
 OWN_RATE = (COSINE, "MLP, own rate", "graph, own rate")
-METHODS = (ADAM, COSINE, *PREDICTORS)
+AVERAGED: dict[str, Callable[[Any, nn.Module], Any]] = {
+    "Adam, averaged": lambda adam, module: Nowcaster(adam, module, predictor=Drift(speed=0.0)),
+    "SNOO, averaged": Snoo,
+    "drift": lambda adam, module: Nowcaster(adam, module, predictor=Drift(), on_error="raise"),
+}
+METHODS = (ADAM, COSINE, *AVERAGED, *PREDICTORS)
+RAW = "drift, not averaged"
 
 
 def nowcaster(
@@ -98,7 +110,10 @@ def trained(
     optimizer: Any = adam
     if method in PREDICTORS:
         optimizer = nowcaster(options, method, (module, data), adam)
+    elif method in AVERAGED:
+        optimizer = AVERAGED[method](adam, module)
     curve, spent, jumping = [[0, measured(module, data), 0.0]], 0.0, 0.0
+    raw = [list(curve[0])]
     for step in range(1, options.steps + 1):
         start = time.thread_time()
         if method == COSINE:
@@ -112,8 +127,13 @@ def trained(
         if method in PREDICTORS and step % options.period == 0:
             jumping += end - before
         if step % EVERY == 0:
-            curve.append([step, measured(module, data), round(spent, 3)])
-    jumps = getattr(optimizer, "jumps", [])
+            raw.append([step, measured(module, data), round(spent, 3)])
+            curve.append(list(raw[-1]))
+            if method in AVERAGED:
+                with optimizer.averaged():
+                    refresh(module, data)
+                    curve[-1][1] = measured(module, data)
+    jumps = getattr(optimizer, "jumps", []) if method in PREDICTORS else []
     return {
         "task": name,
         "method": method,
@@ -126,6 +146,7 @@ def trained(
         "jumping": round(jumping, 3),
         "jumps": [[j.step, list(j.tried), j.horizon] for j in jumps],
         "curve": curve,
+        **({"raw": raw} if method == "drift" else {}),
     }
 
 
@@ -145,6 +166,12 @@ def measured(module: nn.Module, data: Data) -> float:
     found = float(loss_of(module, data.validation))
     module.train()
     return found
+
+
+def refresh(module: nn.Module, data: Data) -> None:
+    """Estimates BatchNorm's statistics on the held training examples; `averaged` undoes it."""
+    if any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
+        reestimate(module, [data.held[0][:128], data.held[0][128:]])
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -260,9 +287,14 @@ def figures(runs: list[dict[str, Any]], control: dict[int, dict[str, Any]]) -> d
     }
 
 
+def expanded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows, and for those with a second curve another of it."""
+    return rows + [{**r, "method": RAW, "curve": r["raw"]} for r in rows if "raw" in r]
+
+
 def show(file: Path, *, settings: bool = False) -> None:
     """Prints a table for each task, and the means over held-out tasks."""
-    rows = read(file)
+    rows = expanded(read(file))
     means: dict[tuple[str, str], list[dict[str, Any]]] = {}
     head = ["method", "rate", "final loss", "minus Adam's, × 1000", "steps to target", "reached"]
     head += ["steps saved, %", "at first sight, %", "seconds saved, %", "kept", "time in jumps"]
@@ -308,7 +340,7 @@ def plot(file: Path, image: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [r for r in read(file) if r["seed"] != TUNING_SEED]
+    rows = [r for r in expanded(read(file)) if r["seed"] != TUNING_SEED]
     names = [n for n in HELD_OUT if any(r["task"] == n for r in rows)]
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.3), squeeze=False)
     for panel, name in zip(axes[0], names, strict=True):

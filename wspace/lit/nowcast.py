@@ -8,7 +8,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from math import isfinite
@@ -18,11 +18,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from wspace.errors import NowcastError, message
-from wspace.nowcast import Guard, Jump, Jumps, Predictor, Settings
+from wspace.nowcast import Drift, Follower, Guard, Jump, Predictor, Settings, follower
+from wspace.nowcast.follow import Handles
 from wspace.restore import drawn_again
 from wspace.space import WeightSpace
 
@@ -37,8 +37,12 @@ class NowcastCallback(Callback):
     guard ``nowcast/before`` and ``nowcast/after``). Horizons decay over the trainer's steps unless
     `total_steps` is given.
 
+    With a `Drift` validation during training sees the running averages, and training ends with them
+    in the module (`averaged`). Checkpoints hold what is trained, and averages in the callback's
+    state.
+
     Args:
-        predictor: Says where parameters are heading.
+        predictor: Says where parameters are heading; or a `Drift`.
         space: Weight space of the part that `module` names, for predictors that know the wiring.
         module: Which part of the module moves, such as ``"model"``; all of it if empty.
         optimizer: Index of the optimizer to follow, if there are several.
@@ -48,6 +52,7 @@ class NowcastCallback(Callback):
         monitor: Name of the logged value that is the loss, where ``validation_step`` returns none.
         guard: With `held` a dict of `Guard`'s options other than the loss; else a `Guard`, or None
             to keep every jump.
+        averaged: With a `Drift`, whether validation and the end of training are at the averages.
         **options: See `Settings`.
 
     Attributes:
@@ -59,7 +64,7 @@ class NowcastCallback(Callback):
 
     def __init__(
         self,
-        predictor: Predictor,
+        predictor: Predictor | Drift,
         space: WeightSpace | None = None,
         *,
         module: str = "",
@@ -67,6 +72,7 @@ class NowcastCallback(Callback):
         held: int | Loss | None = None,
         monitor: str | None = None,
         guard: Guard | Mapping[str, Any] | None = None,
+        averaged: bool = True,
         **options: Any,
     ) -> None:
         wrong: type = Mapping if held is None else Guard
@@ -82,9 +88,11 @@ class NowcastCallback(Callback):
         self.module, self.optimizer, self.monitor = module, optimizer, monitor
         self.held = held
         self.guard: Guard | Mapping[str, Any] | None = guard
-        self.core: Jumps | None = None
+        self.core: Follower | None = None
         self._saved: dict[str, Any] = {}
-        self._handle: RemovableHandle | None = None
+        self._handle: Handles | None = None
+        self._averaged = averaged and isinstance(predictor, Drift)
+        self._away = ExitStack()  # holds the averages in the module while it is validated
         self._told = 0
         self._ended = 0  # the trainer's step, where training has ended
 
@@ -111,14 +119,17 @@ class NowcastCallback(Callback):
         settings = Settings(**options, guard=self._guard(trainer, pl_module))
         part = pl_module.get_submodule(self.module)
         optimizer = trainer.optimizers[self.optimizer]
-        former, self.core = self.core, Jumps(optimizer, part, self.space, self.predictor, settings)
+        former, self.core = (
+            self.core,
+            follower(optimizer, part, self.space, self.predictor, settings),
+        )
         same = former is not None and former.module is self.core.module
         if former and same and not self._saved and trainer.global_step == self._ended:
             self._saved = former.state_dict()  # the trainer fits again
         if self._saved:
             self.core.load_state_dict(self._saved)
             self._saved = {}
-        self._told = len(self.core.log)
+        self._told = self.core.made
         self._handle = self.core.attach()
 
     def on_train_batch_end(
@@ -134,14 +145,27 @@ class NowcastCallback(Callback):
             batch_idx: Not used.
         """
         del trainer, outputs, batch, batch_idx
-        for jump in self.jumps[self._told :]:
+        for jump in self.core.news(self._told) if self.core is not None else ():
             found = {"horizon": jump.horizon, "before": jump.before, "after": jump.after}
             shown = {f"nowcast/{k}": float(x) for k, x in found.items() if x is not None}
             pl_module.log_dict(shown, on_step=True, on_epoch=False)
-        self._told = len(self.jumps)
+            self._told += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the module its averages, if it is in training."""
+        del trainer, pl_module
+        if self._averaged and self.core is not None and self._handle is not None:
+            self._away.enter_context(self.core.averaged())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives it back what is trained."""
+        del trainer, pl_module
+        self._away.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends to follow the optimizer."""
+        """Ends to follow the optimizer, at the averages of a `Drift`."""
+        if self._averaged and self.core is not None and self._handle is not None:
+            self.core.finish()
         self._end(trainer)
 
     def on_exception(
@@ -163,6 +187,7 @@ class NowcastCallback(Callback):
         self._saved = state_dict
 
     def _end(self, trainer: Trainer) -> None:
+        self._away.close()
         self._ended = trainer.global_step or -1
         if self._handle is not None:
             self._handle.remove()

@@ -3,6 +3,10 @@
 Predictors say what a state will be some time from now, given the last few.
 """
 
+from wspace.nowcast.drift import Drift as Drift
+from wspace.nowcast.drifting import Drifting as Drifting
+from wspace.nowcast.drifting import follower as follower
+from wspace.nowcast.follow import Follower as Follower
 from wspace.nowcast.graph import NiNoGraph as NiNoGraph
 from wspace.nowcast.guard import Guard as Guard
 from wspace.nowcast.huggingface import trainer_callback as trainer_callback

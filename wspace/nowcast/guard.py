@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from wspace import batchnorm
 from wspace.batchnorm import Batches
 from wspace.errors import MeasureError, NowcastError, message
-from wspace.restore import buffers_of, drawn_again, modes_of, put_back, put_modes
+from wspace.nowcast.ranks import Ranks, reshard
+from wspace.restore import buffers_of, drawn_again, generators_of, modes_of, put_back, put_modes
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,28 @@ def measured(module: nn.Module, loss: Callable[[], float | Tensor]) -> float:
                     help="take its mean")
         )  # fmt: skip
     return float(found)
+
+
+def refreshed(module: nn.Module, outer: nn.Module, batches: Batches, ranks: Ranks) -> None:
+    """Estimates BatchNorm's statistics anew; no generator is left changed.
+
+    Args:
+        module: The module whose layers they are.
+        outer: All that may be run.
+        batches: Arguments of calls.
+        ranks: The processes; statistics are averaged over them.
+
+    Raises:
+        NowcastError: If there are no batches.
+    """
+    try:
+        with drawn_again(outer, generators_of(batches)):  # always the same
+            count = ranks.together(lambda: reestimate(module, batches))
+    finally:
+        reshard(module)
+    if count and ranks.several:
+        for x in batchnorm.statistics(module):
+            x.copy_(ranks.mean_of(x))
 
 
 def reestimate(module: nn.Module, batches: Batches) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from wspace.errors import MissingExtra, NowcastError, message
+from wspace.nowcast.drift import Drift
+from wspace.nowcast.drifting import Drifting
+from wspace.nowcast.drifting import follower as follow
+from wspace.nowcast.follow import Follower, Handles
 from wspace.nowcast.guard import Guard
-from wspace.nowcast.jumps import Jumps
 from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import in_parts, own_part
 from wspace.nowcast.settings import Settings
@@ -30,7 +33,7 @@ NAME = "nowcast"
 
 
 def trainer_callback(
-    predictor: Predictor,
+    predictor: Predictor | Drift,
     space: WeightSpace | None = None,
     *,
     held: Mapping[str, Any] | None = None,
@@ -42,8 +45,11 @@ def trainer_callback(
     nothing had been between. Horizons decay over the trainer's steps unless `total_steps` is given.
     The jumps are in the trainer's ``log_history``, and in the callback's ``jumps``.
 
+    With a `Drift` evaluations during training are of the running averages, and training ends with
+    them in the model; checkpoints hold what is trained.
+
     Args:
-        predictor: Says where parameters are heading.
+        predictor: Says where parameters are heading; or a `Drift`.
         space: Weight space of the model, for predictors that know the wiring.
         held: A batch with labels; a jump is kept only if the model's loss on it does not rise.
         **options: See `Settings`. With `held`, a `guard` is a dict of `Guard`'s other options.
@@ -77,12 +83,19 @@ def trainer_callback(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             follower.tell(state)
+            follower.show(evaluating=control.should_evaluate)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            follower.show(evaluating=control.should_evaluate)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            follower.show(evaluating=False)
 
         def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             follower.save(_folder(args, state), first=state.is_world_process_zero)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            follower.end()
+            follower.finish()
 
     return NowcastTrainerCallback()
 
@@ -92,7 +105,7 @@ class _Follower:
 
     def __init__(
         self,
-        predictor: Predictor,
+        predictor: Predictor | Drift,
         space: WeightSpace | None,
         held: Mapping[str, Any] | None,
         options: Mapping[str, Any],
@@ -110,9 +123,10 @@ class _Follower:
             )
         self.judge: Guard | Mapping[str, Any] | None = judge
         Settings(**self.options)
-        self.core: Jumps | None = None
-        self._handle: RemovableHandle | None = None
+        self.core: Follower | None = None
+        self._handle: Handles | None = None
         self._told = 0
+        self._away = ExitStack()
 
     def begin(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
@@ -123,7 +137,7 @@ class _Follower:
             "guard": self._guard(model),
         }
         self.end()
-        self.core = Jumps(optimizer, model, self.space, self.predictor, Settings(**options))
+        self.core = follow(optimizer, model, self.space, self.predictor, Settings(**options))
         if state.global_step:
             folder = _folder(args, state)
             if not folder.is_dir() and isinstance(args.resume_from_checkpoint, str):
@@ -137,7 +151,7 @@ class _Follower:
                 )
             else:
                 self.core.load_state_dict(found)
-        self._told = len(self.core.log)
+        self._told = self.core.made
         self._handle = self.core.attach()
 
     def _guard(self, model: nn.Module) -> Guard | None:
@@ -155,7 +169,7 @@ class _Follower:
     def tell(self, state: Any) -> None:
         if self.core is None:
             return
-        for jump in self.core.log[self._told :]:
+        for jump in self.core.news(self._told):
             found = {
                 "nowcast/horizon": jump.horizon,
                 "nowcast/before": jump.before,
@@ -165,13 +179,26 @@ class _Follower:
                 "step": jump.step,
             }
             state.log_history.append({k: x for k, x in found.items() if x is not None})
-        self._told = len(self.core.log)
+        self._told = self.core.made
+
+    def show(self, *, evaluating: bool) -> None:
+        """Has the averages of a drift in the model while it is evaluated."""
+        self._away.close()
+        if evaluating and isinstance(self.core, Drifting) and self._handle is not None:
+            self._away.enter_context(self.core.averaged())
+
+    def finish(self) -> None:
+        self._away.close()
+        if isinstance(self.core, Drifting) and self._handle is not None:
+            self.core.finish()
+        self.end()
 
     def save(self, folder: Path, *, first: bool) -> None:
         if self.core is not None and (first or _part(self.core)):
             save(self.core.state_dict(), folder, _part(self.core))
 
     def end(self) -> None:
+        self._away.close()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -181,7 +208,7 @@ def _folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _part(core: Jumps) -> str:
+def _part(core: Follower) -> str:
     """Suffix of this process's files, if each has its own."""
     if not any(in_parts(p) for p in core.module.parameters()):
         return ""
@@ -195,7 +222,7 @@ def save(state: Mapping[str, Any], folder: Path, part: str = "") -> None:
     """Writes the state of jumps as tensors and text; each file whole or not at all.
 
     Args:
-        state: What `Jumps.state_dict` gave.
+        state: What `Follower.state_dict` gave.
         folder: Where to.
         part: Suffix of the files' names.
     """

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -10,8 +11,9 @@ from torch.optim import Optimizer
 
 from wspace.batchnorm import Batches
 from wspace.errors import NowcastError, message
+from wspace.nowcast.drift import Drift
+from wspace.nowcast.drifting import follower
 from wspace.nowcast.guard import Guard
-from wspace.nowcast.jumps import Jumps
 from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import Group
 from wspace.nowcast.schedule import DECAY, Horizon
@@ -30,9 +32,9 @@ class Nowcaster(Optimizer):
     micro-batches of gradient accumulation nor steps that a gradient scaler skips. Between jumps,
     without jumps that are kept, and at horizon 0 training is the plain optimizer's, bit for bit.
 
-    A jump moves the parameters that `Jumps` says, in place; buffers stay unless `refresh` is given.
-    It is made whole or not at all: if it fails or is rejected, parameters, buffers, modes, random
-    generators and the optimizer's state are as before. A parameter that is added, frozen or
+    A jump moves the parameters that `Follower` says, in place; buffers stay unless `refresh` is
+    given. It is made whole or not at all: if it fails or is rejected, parameters, buffers, modes,
+    random generators and the optimizer's state are as before. A parameter that is added, frozen or
     replaced during a window moves again in the next.
 
     The state dict is the optimizer's with one entry more. A plain optimizer's state dict can be
@@ -46,7 +48,7 @@ class Nowcaster(Optimizer):
         optimizer: The optimizer that makes the steps.
         module: The module that it trains.
         space: Its weight space, for predictors that know the wiring; they trace if None.
-        predictor: Says where parameters are heading.
+        predictor: Says where parameters are heading; or a `Drift`.
         period: See `Settings`, as for all that follow.
         context: Past states.
         horizon: How far a jump goes.
@@ -86,9 +88,9 @@ class Nowcaster(Optimizer):
         optimizer: Optimizer,
         module: nn.Module,
         space: WeightSpace | None = None,
-        predictor: Predictor | None = None,
+        predictor: Predictor | Drift | None = None,
         *,
-        period: int = 1000,
+        period: int | None = None,
         context: int | None = None,
         horizon: Horizon = DECAY,
         total_steps: int | None = None,
@@ -118,7 +120,8 @@ class Nowcaster(Optimizer):
             alone=alone,
         )
         self.base = optimizer
-        self.core = Jumps(optimizer, module, space, _given(optimizer, predictor, guard), settings)
+        chosen = _given(optimizer, predictor, guard)
+        self.core = follower(optimizer, module, space, chosen, settings)
         super().__setstate__({})  # hooks and profiling of an Optimizer, without groups of its own
 
     # ------------------------------------------------------------ shared with the optimizer
@@ -176,6 +179,7 @@ class Nowcaster(Optimizer):
         Returns:
             What the optimizer's step gives: the closure's loss, or None.
         """
+        self.core.before_step()
         loss = self.base.step(**options) if closure is None else self.base.step(closure, **options)
         self.core.after_step()
         return loss
@@ -191,6 +195,28 @@ class Nowcaster(Optimizer):
     def steps(self) -> int:
         """Real steps of the optimizer so far."""
         return self.core.step
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the module has its running averages: to be validated or saved.
+
+        For a `Drift`. Afterwards parameters and buffers are as before, bit for bit. BatchNorm's
+        statistics are estimated for the averages if `refresh` is given.
+
+        Returns:
+            A context; the optimizer cannot step within it.
+
+        Raises:
+            NowcastError: If no averages are kept, or within another such context.
+        """
+        return self.core.averaged()
+
+    def finish(self) -> None:
+        """Gives the module its running averages for good, at the end of a run with a `Drift`.
+
+        Raises:
+            NowcastError: If no averages are kept, or within `averaged`.
+        """
+        self.core.finish()
 
     # ------------------------------------------------------------ resumption and copies
 
@@ -257,7 +283,7 @@ class Nowcaster(Optimizer):
         return f"Nowcaster ({how})\n{self.base!r}"
 
 
-def _given(optimizer: Any, predictor: Any, guard: Any) -> Predictor:
+def _given(optimizer: Any, predictor: Any, guard: Any) -> Predictor | Drift:
     """The predictor, or an error that says which argument is something else."""
     if isinstance(optimizer, Nowcaster):
         raise NowcastError(
@@ -266,16 +292,18 @@ def _given(optimizer: Any, predictor: Any, guard: Any) -> Predictor:
                 expected="a plain torch.optim.Optimizer",
             )
         )
-    shipped = "such as wspace.nowcast.LinearFit(), or wspace.nowcast.load('nino-mlp-small')"
+    shipped = (
+        "such as wspace.nowcast.Drift(), LinearFit(), or wspace.nowcast.load('nino-mlp-small')"
+    )
     wanted = (
         ("optimizer", optimizer, Optimizer, "the optimizer comes first, then the module"),
-        ("predictor", predictor, Predictor, shipped),
+        ("predictor", predictor, Predictor | Drift, shipped),
         ("guard", guard, Guard | None, "wspace.nowcast.Guard(function) makes one"),
     )
     for name, value, kind, help in wanted:
         if not isinstance(value, kind):
             what = "is missing" if value is None else f"is a {type(value).__name__}"
-            expected = getattr(kind, "__name__", "Guard")
+            expected = getattr(kind, "__name__", name.capitalize())
             raise NowcastError(
                 message(f"Nowcaster: the {name} {what}", expected=f"a {expected}", help=help)
             )
