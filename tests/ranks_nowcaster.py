@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import wspace
-from wspace.nowcast import Decay, Guard, LinearFit, Nowcaster, Predictor
+from wspace.nowcast import Decay, Drift, Guard, LinearFit, Nowcaster, Predictor
 from wspace.nowcast.predictor import Past
 
 SPACING, CONTEXT = 2, 3
@@ -260,6 +260,58 @@ def fsdp(rank: int) -> dict[str, Any]:
     return out
 
 
+# --- drift --------------------------------------------------------------------
+
+AHEAD = Drift(begin=4, every=2, short=0.2, long=0.5, judged=2)
+
+
+def drifting(rank: int, how: str, **options: Any) -> tuple[Any, Nowcaster]:
+    """A run of one process (""), of replicas, or in parts; data are the same in all of them."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = mlp()
+    if how == "parts":
+        fully_shard(model[0])
+        fully_shard(model)
+    elif how == "replicas":
+        model = DistributedDataParallel(model)
+    base = torch.optim.Adam(model.parameters(), lr=0.02)
+    guard = Guard(lambda: loss(model, 99, 0), shrink=0.5, tolerance=0.0)
+    return model, Nowcaster(base, model, None, AHEAD, period=4, guard=guard, **options)
+
+
+def drift(rank: int) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for how in ("replicas", "parts"):
+        model, optimizer = drifting(rank, how)
+        train(model, optimizer, range(20), 0)
+        out[how], out[f"{how} log"] = values(model), log(optimizer)
+        with optimizer.averaged():
+            out[f"{how} averaged"] = values(model)
+        model, optimizer = drifting(rank, how)
+        train(model, optimizer, range(15), 0)
+        saved = through_a_file(optimizer.state_dict())
+        weights = copy.deepcopy(model.state_dict())
+        other, again = drifting(rank, how)
+        other.load_state_dict(weights)
+        again.load_state_dict(saved)
+        train(other, again, range(15, 20), 0)
+        out[f"{how} resumed"], out[f"{how} resumed log"] = values(other), log(again)
+        again.finish()
+        out[f"{how} finished"] = values(other)
+    model, optimizer = drifting(rank, "replicas")
+    train(model, optimizer, range(7), 0)
+    before = values(model)
+    if rank == 1:
+        optimizer.core.averages._short["2.bias"].fill_(float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.core._jump()
+    same = all(torch.equal(x, before[n]) for n, x in values(model).items())
+    out["fails"] = optimizer.jumps[-1].reason.partition(":")[0], same
+    return out
+
+
 def apart(rank: int) -> dict[str, Any]:
     """Each process trains a model of its own."""
     out: dict[str, Any] = {}
@@ -302,6 +354,7 @@ def work(rank: int, folder: str) -> None:
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     out = {"ddp": ddp(rank), "fsdp": fsdp(rank), "untraced": untraced(rank), "apart": apart(rank)}
+    out["drift"] = drift(rank)
     torch.save(out, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

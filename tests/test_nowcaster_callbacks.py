@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -17,7 +17,16 @@ from tests.test_nowcaster import Shift, assert_equal, net, snapshot
 from wspace.errors import NowcastError
 from wspace.lit import NowcastCallback
 from wspace.lit.nowcast import _first
-from wspace.nowcast import Decay, Guard, Jump, LinearFit, NoChange, Nowcaster, trainer_callback
+from wspace.nowcast import (
+    Decay,
+    Drift,
+    Guard,
+    Jump,
+    LinearFit,
+    NoChange,
+    Nowcaster,
+    trainer_callback,
+)
 from wspace.nowcast.huggingface import load, save
 
 pytestmark = [
@@ -291,6 +300,75 @@ def test_lightning_resumes_bit_identically(tmp_path: Path, stop: int, how: str) 
     assert without[0] == without[1]
 
 
+SOON: dict[str, Any] = {"predictor": Drift(begin=4, every=2, short=0.5, long=0.9), "period": 4}
+
+
+def test_lightning_validates_and_ends_at_the_averages(tmp_path: Path) -> None:
+    """The path is that of a nowcaster that the module makes; what is validated is not."""
+    inner = Toy(wrap=SOON)
+    trainer = fit(inner, tmp_path, [], steps=24)
+    optimizer: Any = trainer.optimizers[0]
+    found: dict[bool, tuple[Toy, NowcastCallback]] = {}
+    for averaged in (True, False):
+        module = Toy()
+        callback = NowcastCallback(module="model", averaged=averaged, **SOON)
+        fit(module, tmp_path, [callback], steps=24)
+        for a, b in zip(inner.path, module.path, strict=True):
+            assert_equal(a, b)
+        found[averaged] = module, callback
+    assert [j.step for j in found[True][1].jumps] == [4, 8, 12, 16, 20, 24]
+    assert found[True][0].seen[0] == found[False][0].seen[0]  # the sanity check, before training
+    assert all(
+        a != b for a, b in zip(found[True][0].seen[1:], found[False][0].seen[1:], strict=True)
+    )
+    assert found[False][0].seen == inner.seen
+    assert_equal(snapshot(found[False][0].model), inner.path[-1])
+    shown, at = [], inner.path[-1]
+    with optimizer.averaged():
+        shown.append(snapshot(inner.model))
+    assert_equal(shown[0], snapshot(found[True][0].model))
+    assert not all(torch.equal(shown[0][n], at[n]) for n in at)
+    assert not found[True][1].core.averages._clocks
+    assert not trainer.optimizers[0].core._away
+
+
+def test_lightning_gives_back_what_is_trained_where_validation_fails(tmp_path: Path) -> None:
+    class Fails(Toy):
+        def on_validation_epoch_end(self) -> None:
+            if len(self.path) > 6:
+                raise ValueError("validation")
+
+    module = Fails()
+    with pytest.raises(ValueError, match="validation"):
+        fit(module, tmp_path, [NowcastCallback(module="model", **SOON)], steps=24)
+    assert_equal(module.path[-1], snapshot(module.model))
+
+
+@pytest.mark.parametrize("stop", [3, 4, 8, 9])
+def test_lightning_resumes_a_drift_bit_identically(tmp_path: Path, stop: int) -> None:
+    def run(steps: int, ckpt_path: Any = None) -> tuple[Toy, list[Jump]]:
+        module = Toy()
+        module.model[3].p = 0.0
+        callback = NowcastCallback(module="model", **SOON)
+
+        class Saves(Callback):
+            def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+                if trainer.global_step == stop and steps == stop:
+                    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+        fit(module, tmp_path, [callback, Saves()], steps=steps, ckpt_path=ckpt_path, batch=64)
+        return module, callback.jumps
+
+    whole, jumps = run(16)
+    run(stop)
+    resumed, again = run(16, tmp_path / "saved.ckpt")
+    for a, b in zip(whole.path[stop:], resumed.path, strict=True):
+        assert_equal(a, b)
+    assert_equal(snapshot(whole.model), snapshot(resumed.model))
+    assert [(j.step, j.horizon) for j in jumps] == [(j.step, j.horizon) for j in again]
+    assert [j.step for j in jumps] == [4, 8, 12, 16]
+
+
 # --- Hugging Face -------------------------------------------------------------
 
 
@@ -380,6 +458,52 @@ def test_hf_jumps_after_real_steps_and_resumes(tmp_path: Path, how: str, accumul
         assert json.loads((tmp_path / "checkpoint-8" / "nowcast.json").read_text())["step"] == 8
         hook = trainer.optimizer.optimizer._optimizer_step_post_hooks
         assert not hook
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_hf_evaluates_and_ends_at_the_averages(tmp_path: Path, strategy: str) -> None:
+    from transformers import Trainer as HFTrainer
+    from transformers import TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    model = Regression()
+    nowcaster = trainer_callback(**SOON)
+    paths: dict[str, list[Any]] = {"trained": [], "seen": [], "averages": [], "saved": []}
+
+    class Watch(TrainerCallback):
+        """Before the nowcaster's: sees what is trained, and what it keeps."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            paths["trained"].append(snapshot(model))
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            core = nowcaster.core
+            paths["seen"].append({n: p.detach().clone() for n, p in model.named_parameters()})
+            paths["averages"].append({n: x.clone() for n, x in core.averages._short.items()})
+
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            paths["saved"].append(snapshot(model))
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=16, per_device_train_batch_size=4, save_steps=8,
+        learning_rate=0.02, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=100,
+        lr_scheduler_type="constant", save_strategy="steps", dataloader_pin_memory=False,
+        eval_strategy=strategy, eval_steps=8, per_device_eval_batch_size=16,
+    )  # fmt: skip
+    trainer = HFTrainer(
+        model=model, args=args, train_dataset=Pairs(32, 1), eval_dataset=Pairs(16, 2),
+        callbacks=[Watch(), nowcaster],
+    )  # fmt: skip
+    trainer.train()
+    assert len(paths["seen"]) == 2
+    for seen, average in zip(paths["seen"], paths["averages"], strict=True):
+        assert_equal(seen, average)
+    for saved, step in zip(paths["saved"], (8, 16), strict=True):
+        assert_equal(saved, paths["trained"][step - 1])
+        assert not torch.equal(
+            saved["model.0.weight"], paths["seen"][step // 8 - 1]["model.0.weight"]
+        )
+    assert_equal(paths["averages"][-1], {n: p.detach() for n, p in model.named_parameters()})
 
 
 def test_hf_resumes_elsewhere_and_without_a_state(tmp_path: Path) -> None:

@@ -121,3 +121,34 @@ def test_processes_that_train_different_models_are_told_apart(
         assert "train different models" in reason
         assert moves == [0.0] * 6
         assert r["apart"]["alone=True"] == ("accepted", [0.01 * (1 + rank)] * 6)
+
+
+@pytest.mark.parametrize("how", ["replicas", "parts"])
+def test_processes_drift_as_one_does(results: list[dict[str, Any]], how: str) -> None:
+    model, optimizer = ranks.drifting(0, "")
+    ranks.train(model, optimizer, range(20), 0)
+    kept = [(j.step, j.horizon) for j in optimizer.jumps]
+    assert kept[0] == (4, pytest.approx(0.3, abs=0.3))
+    assert len(kept) == 5
+    assert kept[-1][1] > 0
+    with optimizer.averaged():
+        shown = ranks.values(model)
+    for r in (r["drift"] for r in results):
+        assert_close(ranks.values(model), r[how])
+        assert_close(shown, r[f"{how} averaged"])
+        assert_equal(r[how], r[f"{how} resumed"])
+        assert_equal(r[f"{how} averaged"], r[f"{how} finished"])
+        assert [(step, at) for step, _, at, _, _ in r[f"{how} log"]] == kept
+        assert r[f"{how} log"] == r[f"{how} resumed log"]
+    assert_equal(results[0]["drift"]["replicas"], results[1]["drift"]["replicas"])
+    plain, other = ranks.drifting(0, "")
+    other.core.share = 0.0
+    ranks.train(plain, other, range(8), 0)
+    with pytest.raises(AssertionError):  # the jumps are large against the tolerance
+        half, third = ranks.drifting(0, "")
+        ranks.train(half, third, range(8), 0)
+        assert_close(ranks.values(plain), ranks.values(half))
+
+
+def test_a_drift_that_fails_in_one_process_happens_in_none(results: list[dict[str, Any]]) -> None:
+    assert [r["drift"]["fails"] for r in results] == [("NowcastError", True)] * 2

@@ -75,6 +75,10 @@ def trainer_callback(
         """Hands the trainer's events on."""
 
         @property
+        def core(self) -> Follower | None:
+            return follower.core
+
+        @property
         def jumps(self) -> list[Any]:
             return [] if follower.core is None else follower.core.log
 
