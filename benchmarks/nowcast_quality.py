@@ -57,14 +57,21 @@ PREDICTORS: dict[str, Callable[[argparse.Namespace], Predictor]] = {
     "MLP, own rate": lambda options: nowcast.load(options.mlp),
     "graph, own rate": lambda options: nowcast.load(options.graph),
 }
-OWN_RATE = (COSINE, "MLP, own rate", "graph, own rate")
 AVERAGED: dict[str, Callable[[Any, nn.Module], Any]] = {
     "Adam, averaged": lambda adam, module: Nowcaster(adam, module, predictor=Drift(speed=0.0)),
     "SNOO, averaged": Snoo,
     "drift": lambda adam, module: Nowcaster(adam, module, predictor=Drift(), on_error="raise"),
+    "drift, own rate": lambda adam, module: Nowcaster(adam, module, predictor=Drift()),
 }
 METHODS = (ADAM, COSINE, *AVERAGED, *PREDICTORS)
-RAW = "drift, not averaged"
+OWN_RATE = {
+    COSINE: (1, 2),
+    "MLP, own rate": (1, 2),
+    "graph, own rate": (1, 2),
+    "drift, own rate": (0.5, 1, 2),
+}
+"""Factors of Adam's rate of which the best is taken."""
+RAW = ", not averaged"
 
 
 def nowcaster(
@@ -146,7 +153,7 @@ def trained(
         "jumping": round(jumping, 3),
         "jumps": [[j.step, list(j.tried), j.horizon] for j in jumps],
         "curve": curve,
-        **({"raw": raw} if method == "drift" else {}),
+        **({"raw": raw} if method.startswith("drift") else {}),
     }
 
 
@@ -189,9 +196,9 @@ def measure(options: argparse.Namespace) -> None:
     for name in options.tasks:
         for rate in TASKS[name].rates:
             ensure(options, name, ADAM, rate, TUNING_SEED)
-        for method in OWN_RATE:
+        for method, factors in OWN_RATE.items():
             rate = best_rate(read(options.out), options, name, ADAM)
-            for factor in (1, 2) if method in options.methods else ():
+            for factor in factors if method in options.methods else ():
                 ensure(options, name, method, factor * rate, TUNING_SEED)
     for seed in options.seeds:
         for name in options.tasks:
@@ -289,7 +296,9 @@ def figures(runs: list[dict[str, Any]], control: dict[int, dict[str, Any]]) -> d
 
 def expanded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows, and for those with a second curve another of it."""
-    return rows + [{**r, "method": RAW, "curve": r["raw"]} for r in rows if "raw" in r]
+    return rows + [
+        {**r, "method": r["method"] + RAW, "curve": r["raw"]} for r in rows if "raw" in r
+    ]
 
 
 def show(file: Path, *, settings: bool = False) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from wspace.demo import digits
-from wspace.demo.nowcasting import MARKS, RATES, Run, _curves, _trained, nowcast, verdict
-from wspace.nowcast import Jump, LinearFit, NoChange
+from wspace.demo.nowcasting import HOW, MARKS, RATES, Run, _curves, _trained, nowcast, verdict
+from wspace.nowcast import Drift, Jump, LinearFit, NoChange
 from wspace.report import Report
 
 
@@ -36,6 +36,16 @@ def test_runs_differ_by_jumps_alone(stage: Any) -> None:
     assert plain.losses[-1] < 0.9 * plain.losses[0]
 
 
+def test_drift_is_measured_at_its_averages(stage: Any) -> None:
+    """Without speed the parameters are the plain run's, and what is measured is not."""
+    drifts = (Drift(speed=v, begin=10, short=0.3, long=0.6) for v in (0.0, 2.0))
+    still, ahead = (_trained(stage, 100, 1e-3, drift) for drift in drifts)
+    plain = _trained(stage, 100, 1e-3, None)
+    assert plain.losses[-1] != still.losses[-1] != ahead.losses[-1]
+    assert [j.step for j in ahead.jumps] == list(range(10, 101, 10))
+    assert abs(plain.losses[-1] - still.losses[-1]) < 0.5 * plain.losses[-1]
+
+
 def test_the_global_generator_is_left_alone(stage: Any) -> None:
     before = torch.get_rng_state()
     _trained(stage, 100, 1e-3, LinearFit())
@@ -50,8 +60,8 @@ def run_of(*losses: float) -> Run:
     ("jumping", "text"),
     [
         (run_of(3.0, 0.9, 0.8, 0.7), "reached with jumps after 20: 50% fewer"),
-        (run_of(3.0, 2.5, 1.4, 1.1), "not reached with jumps (1.1000): here they do not pay"),
-        (run_of(3.0, 2.5, 1.4, 1.0), "reached with jumps after 40: here they do not pay"),
+        (run_of(3.0, 2.5, 1.4, 1.1), "not reached with jumps (1.1000): no gain here"),
+        (run_of(3.0, 2.5, 1.4, 1.0), "reached with jumps after 40: no gain here"),
     ],
 )
 def test_the_verdict_is_that_of_the_numbers(jumping: Run, text: str) -> None:
@@ -71,7 +81,8 @@ def test_jumps_are_marked(stage: Any) -> None:
     plain, jumping = run_of(2.0, 1.5, 1.0, 0.9), run_of(2.0, 1.2, 1.1, 0.8)
     jumps = (Jump(20, horizon=4), Jump(30), Jump(40, horizon=1))
     made = Run(jumping.steps, jumping.losses, jumps, 0.0)
-    ax = _curves({0.1: (plain, made)}).axes[0]
+    ax = _curves({0.1: (plain, plain, made, plain)}).axes[0]
+    assert [line.get_label() for line in ax.lines[1:]] == list(HOW)
     marks = [c.get_offsets().tolist() for c in ax.collections]
     assert [label for *_, label in MARKS] == [c.get_label() for c in ax.collections]
     assert marks == [[[20.0, 1.2], [40.0, 0.8]], [[30.0, 1.1]]]
