@@ -148,8 +148,9 @@ def _trained(stage: "Stage", steps: int, rate: float, predictor: Predictor | Dri
         seconds += time.perf_counter() - start
         if step % (steps // 100) == 0:
             at.append(step)
-            drifts = isinstance(optimizer, Nowcaster) and isinstance(predictor, Drift)
-            measured = optimizer.averaged() if drifts else nullcontext()
+            measured = nullcontext()
+            if isinstance(optimizer, Nowcaster) and isinstance(predictor, Drift):
+                measured = optimizer.averaged()
             with torch.no_grad(), measured:
                 losses.append(float(_loss(model, test)))
     jumps = tuple(optimizer.jumps) if isinstance(optimizer, Nowcaster) else ()
