@@ -170,6 +170,20 @@ class Odd(nn.Module):
         return self.scale * self.tied(self.a(x)) + self.low.float() + self.frozen
 
 
+@pytest.mark.parametrize(
+    ("drift", "reason"),
+    [
+        (Drift(speed=0.0, begin=0, every=1), "the jump is 0 steps long"),
+        (Drift(begin=0, every=4), "the averages are of one time"),
+    ],
+)
+def test_the_log_says_why_nothing_moved(drift: Drift, reason: str) -> None:
+    model = net(dropout=0.0)
+    optimizer = drifting(model, drift=drift)
+    train(model, optimizer, range(4))
+    assert [(j.horizon, j.tried, j.reason) for j in optimizer.jumps] == [(0, (), reason)]
+
+
 def test_odd_parameters() -> None:
     model = Odd()
     frozen, unused = model.frozen.clone(), model.unused.detach().clone()

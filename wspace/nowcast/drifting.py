@@ -120,20 +120,19 @@ class Drifting(Follower):
         if not self._replicas:
             self.ranks.check_replicas([p for p in live.values() if not in_parts(p)])
             self._replicas = True
-        furthest = 0.0
+        lengths: list[float] = []
 
         def length(distance: float) -> float:
-            nonlocal furthest
-            steps = self.share * self.drift.ahead(self.settings.interval, distance)
-            furthest = max(furthest, steps)
-            return steps
+            lengths.append(self.share * self.drift.ahead(self.settings.interval, distance))
+            return lengths[-1]
 
         moves, values = self.ranks.together(lambda: self._ahead(live, length))
         if not moves:
-            return replace(entry, reason="the averages are of one time")
+            why = "the jump is 0 steps long" if lengths else "the averages are of one time"
+            return replace(entry, reason=why)
         write_whole({n: own_part(live[n]) for n in values}, values, self.ranks.together)
         self.averages.shift(moves)
-        horizon = furthest / self.settings.interval
+        horizon = max(lengths) / self.settings.interval
         return replace(entry, tried=(horizon,), horizon=horizon, reason="accepted")
 
     def _ahead(
