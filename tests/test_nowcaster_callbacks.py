@@ -496,6 +496,8 @@ def test_hf_evaluates_and_ends_at_the_averages(tmp_path: Path, strategy: str) ->
     )  # fmt: skip
     trainer.train()
     assert len(paths["seen"]) == 2
+    assert len(nowcaster.jumps) == 4
+    assert not [x for x in trainer.state.log_history if "nowcast/horizon" in x]
     for seen, average in zip(paths["seen"], paths["averages"], strict=True):
         assert_equal(seen, average)
     for saved, step in zip(paths["saved"], (8, 16), strict=True):

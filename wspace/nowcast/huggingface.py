@@ -46,7 +46,8 @@ def trainer_callback(
     The jumps are in the trainer's ``log_history``, and in the callback's ``jumps``.
 
     With a `Drift` evaluations during training are of the running averages, and training ends with
-    them in the model; checkpoints hold what is trained.
+    them in the model; checkpoints hold what is trained. Only jumps that were judged, or failed, are
+    in the ``log_history``.
 
     Args:
         predictor: Says where parameters are heading; or a `Drift`.
@@ -173,7 +174,10 @@ class _Follower:
     def tell(self, state: Any) -> None:
         if self.core is None:
             return
+        drifts = isinstance(self.core, Drifting)  # its jumps are many and much alike
         for jump in self.core.news(self._told):
+            if drifts and jump.after is None and jump.reason == "accepted":
+                continue
             found = {
                 "nowcast/horizon": jump.horizon,
                 "nowcast/before": jump.before,
