@@ -4,6 +4,9 @@ Two copies of a network train in turns of `TURN` steps in one process, one with 
 the first turn on) and one without; the medians of all turns are compared, processor time. The
 networks are those of `nowcast_quality`, and GPT-2s of growing width, for which the drift's own work
 is also timed by itself: an update of the averages, and a jump.
+
+`--at-once` asks something else: the held loss right before and after jumps, every hundred steps of
+runs on the tuning tasks (1,000 steps, seed 1000), of the parameters and of the average.
 """
 
 import argparse
@@ -15,10 +18,11 @@ from statistics import median
 
 import torch
 from harness import machine, table
-from nowcast_tasks import HELD_OUT, Logits, loss_of
+from nowcast_tasks import HELD_OUT, TUNING, Data, Logits, Task, loss_of
 from torch import Tensor, nn
 
 from wspace.nowcast import Drift, Drifting, Nowcaster
+from wspace.nowcast.guard import measured
 
 TURN = 50
 
@@ -89,15 +93,56 @@ def alone(width: int, rounds: int) -> list[str]:
             f"{1000 * each:.3f}", f"{1e9 * each / size:.2f}"]  # fmt: skip
 
 
+RATES = dict(zip(TUNING, (4e-3, 8e-3, 4e-3), strict=True))
+"""Adam's best of those of `nowcast_tasks`, in runs of 1,000 steps."""
+
+
+def at_once(name: str, task: Task, data: Data) -> list[list[str]]:
+    """Held loss of the parameters and of the average, before and after every tenth jump."""
+    torch.manual_seed(1000)
+    module, drawn = task.make(), torch.Generator().manual_seed(1000)
+    adam = torch.optim.Adam(module.parameters(), lr=RATES[name])
+    optimizer = Nowcaster(adam, module, predictor=Drift(), on_error="raise")
+    core, rows = optimizer.core, list[list[str]]()
+
+    def losses() -> tuple[float, float]:
+        own = measured(module, lambda: loss_of(module, data.held))
+        with optimizer.averaged():
+            return own, measured(module, lambda: loss_of(module, data.held))
+
+    jump = core._jump
+
+    def watched() -> None:
+        before = losses() if core.step % 100 == 0 else None
+        jump()
+        if before is not None:
+            pairs = zip(before, losses(), strict=True)
+            rows.append([name, str(core.step), *(f"{x:.4f}" for pair in pairs for x in pair)])
+
+    core._jump = watched
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss_of(module, data.draw(task.batch, drawn)).backward()
+        optimizer.step()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     shared = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
     parser.add_argument("--data", type=Path, default=shared)
     parser.add_argument("--rounds", type=int, default=13)
     parser.add_argument("--widths", nargs="*", type=int, default=[128, 384, 1024])
+    parser.add_argument("--at-once", action="store_true", help="the loss right after jumps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"# {(__doc__ or '').splitlines()[0]}\n\n{machine()}\n", flush=True)
+    if options.at_once:
+        head = ["task", "step", "before", "after", "average before", "after"]
+        table(
+            head, [r for n, t in TUNING.items() for r in at_once(n, t, t.data(str(options.data)))]
+        )
+        return
     rows: list[list[str]] = []
     for name, task in HELD_OUT.items():
         draw = partial(

@@ -18,7 +18,7 @@ from wspace.nowcast.guard import Guard, measured, refreshed
 from wspace.nowcast.jumps import Jumps
 from wspace.nowcast.kept import together_with, write, write_whole
 from wspace.nowcast.predictor import Predictor
-from wspace.nowcast.ranks import in_parts, like_part, own_part, reshard
+from wspace.nowcast.ranks import in_parts, own_part, reshard
 from wspace.nowcast.settings import Jump, Settings
 from wspace.restore import buffers_of, put_back
 from wspace.space import WeightSpace
@@ -229,12 +229,7 @@ class Drifting(Follower):
 
     def _past(self) -> dict[str, Any]:
         history = self.averages.state_dict()
-        live = dict(self.module.named_parameters())
-        history["tensors"] = {
-            n: [like_part(live[n], x) for x in pair]
-            for n, pair in history["tensors"].items()
-            if n in live
-        }
+        history["tensors"] = self._laid_out(history["tensors"])
         return {
             "period": self.settings.interval,
             "context": 2,

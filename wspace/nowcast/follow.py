@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wspace.errors import NowcastError, message
 from wspace.nowcast.forecast import predictable
-from wspace.nowcast.ranks import Ranks, innermost, reshard
+from wspace.nowcast.ranks import Ranks, innermost, like_part, reshard
 from wspace.nowcast.settings import Jump, Settings
 
 VERSION = 1
@@ -268,6 +268,11 @@ class Follower(ABC):
             "log": [{**asdict(jump), "tried": list(jump.tried)} for jump in self.log],
             **self._past(),
         }
+
+    def _laid_out(self, tensors: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Tensors of parameters, laid out over processes as these are."""
+        live = dict(self.module.named_parameters())
+        return {n: [like_part(live[n], x) for x in xs] for n, xs in tensors.items() if n in live}
 
     def restart(self) -> None:
         """Counts from zero, without a past."""

@@ -26,7 +26,7 @@ from wspace.nowcast.kept import (
     write_whole,
 )
 from wspace.nowcast.predictor import Predictor
-from wspace.nowcast.ranks import in_parts, like_part, own_part, reshard
+from wspace.nowcast.ranks import in_parts, own_part, reshard
 from wspace.nowcast.schedule import horizon_at
 from wspace.nowcast.settings import Jump, Settings
 from wspace.restore import drawn_again
@@ -198,12 +198,7 @@ class Jumps(Follower):
 
     def _past(self) -> dict[str, Any]:
         history = self.history.state_dict()
-        live = dict(self.module.named_parameters())
-        history["tensors"] = {
-            n: [like_part(live[n], x) for x in past]
-            for n, past in history["tensors"].items()
-            if n in live
-        }
+        history["tensors"] = self._laid_out(history["tensors"])
         context = self.history.size + 1
         return {"period": self.settings.interval, "context": context, "history": history}
 
