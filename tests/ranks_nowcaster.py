@@ -297,6 +297,13 @@ def drift(rank: int) -> dict[str, Any]:
         again.load_state_dict(saved)
         train(other, again, range(15, 20), 0)
         out[f"{how} resumed"], out[f"{how} resumed log"] = values(other), log(again)
+        with torch.no_grad():
+            other.eval()(batch(1, 0)[0])  # `fully_shard` leaves whole parameters behind
+        with again.averaged(), torch.no_grad():
+            out[f"{how} seen"] = other(batch(1, 0)[0]).detach().clone()
+        with torch.no_grad():
+            other(batch(1, 0)[0])
+        out[f"{how} kept"] = sorted(again.state_dict()["nowcast"]["history"]["tensors"])
         again.finish()
         out[f"{how} finished"] = values(other)
     model, optimizer = drifting(rank, "replicas")
@@ -309,7 +316,32 @@ def drift(rank: int) -> dict[str, Any]:
         optimizer.core._jump()
     same = all(torch.equal(x, before[n]) for n, x in values(model).items())
     out["fails"] = optimizer.jumps[-1].reason.partition(":")[0], same
+    for how in ("replicas", "parts"):  # what goes wrong in one process between jumps
+        for what in ("nan", "update"):
+            out[f"{how} {what}"] = broken(rank, how, what)
     return out
+
+
+def broken(rank: int, how: str, what: str) -> Any:
+    model, optimizer = drifting(rank, how)
+    averages = optimizer.core.averages
+    train(model, optimizer, range(13), 0)
+    if rank == 1 and what == "nan":
+        averages._short["0.bias"].fill_(float("nan"))
+    if rank == 1 and what == "update":
+        update = averages.update
+
+        def fails(tensors: Any) -> None:
+            averages.update = update
+            raise MemoryError("only here")
+
+        averages.update = fails
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, range(13, 28), 0)
+    ages = sorted({clock.age for clock in averages._clocks.values()})
+    reasons = [(j.step, j.reason.partition(":")[0]) for j in optimizer.jumps]
+    return values(model), ages, reasons
 
 
 def apart(rank: int) -> dict[str, Any]:

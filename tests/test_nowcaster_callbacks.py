@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -506,6 +507,76 @@ def test_hf_evaluates_and_ends_at_the_averages(tmp_path: Path, strategy: str) ->
             saved["model.0.weight"], paths["seen"][step // 8 - 1]["model.0.weight"]
         )
     assert_equal(paths["averages"][-1], {n: p.detach() for n, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_hf_evaluates_on_several_sets_and_keeps_the_best(tmp_path: Path, told: bool) -> None:
+    """Each set at the averages if their number is told; the best checkpoint stays in the model."""
+    from transformers import Trainer as HFTrainer
+    from transformers import TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    model = Regression()
+    nowcaster = trainer_callback(**SOON, evaluations=2 if told else 1)
+    averaged: list[bool] = []
+
+    class Watch(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            short = nowcaster.core.averages._short["model.0.weight"]
+            averaged.append(torch.equal(model.model[0].weight, short))
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=16, per_device_train_batch_size=4, save_steps=8,
+        learning_rate=0.02, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=100,
+        lr_scheduler_type="constant", save_strategy="steps", dataloader_pin_memory=False,
+        eval_strategy="steps", eval_steps=8, per_device_eval_batch_size=16,
+        load_best_model_at_end=True, metric_for_best_model="a_loss",
+    )  # fmt: skip
+    trainer = HFTrainer(
+        model=model, args=args, train_dataset=Pairs(32, 1),
+        eval_dataset={"a": Pairs(16, 2), "b": Pairs(16, 3)}, callbacks=[Watch(), nowcaster],
+    )  # fmt: skip
+    if told:
+        trainer.train()
+    else:
+        with pytest.warns(UserWarning, match="evaluations=N"):
+            trainer.train()
+    assert averaged == [True, told] * 2
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    assert_equal(best, snapshot(model))
+
+
+def test_hf_gets_back_what_is_trained_after_an_evaluation_that_fails(tmp_path: Path) -> None:
+    from transformers import Trainer as HFTrainer
+    from transformers import TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    model = Regression()
+    nowcaster = trainer_callback(**SOON)
+    trained: list[dict[str, Tensor]] = []
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            trained.append(snapshot(model))
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            raise MemoryError("evaluation")
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=16, per_device_train_batch_size=4, report_to=[],
+        learning_rate=0.02, use_cpu=True, disable_tqdm=True, save_strategy="no",
+        dataloader_pin_memory=False, eval_strategy="steps", eval_steps=12,
+    )  # fmt: skip
+    trainer = HFTrainer(
+        model=model, args=args, train_dataset=Pairs(64, 1), eval_dataset=Pairs(16, 2),
+        callbacks=[Fails(), nowcaster],
+    )  # fmt: skip
+    with pytest.raises(MemoryError, match="evaluation"):
+        trainer.train()
+    shown = snapshot(model)
+    nowcaster.put_back()
+    assert_equal(trained[-1], snapshot(model))
+    assert not torch.equal(shown["model.0.weight"], trained[-1]["model.0.weight"])
 
 
 def test_hf_resumes_elsewhere_and_without_a_state(tmp_path: Path) -> None:

@@ -367,6 +367,98 @@ def test_averages_are_shown_for_a_while_and_everything_is_put_back() -> None:
     train(model, optimizer, range(30, 34))  # the run goes on
 
 
+def test_a_cast_within_does_not_keep_the_averages() -> None:
+    model = net(dropout=0.0)
+    optimizer = drifting(model)
+    train(model, optimizer, range(30))
+    before = snapshot(model)
+    with optimizer.averaged():
+        shown = snapshot(model)
+        model.double().float()
+    assert_equal(before, snapshot(model))
+    assert differs(before, shown)
+    with optimizer.averaged(), pytest.raises(NowcastError, match="holds its averages now"):
+        copy.deepcopy(optimizer)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_state_of_another_precision_is_taken(wide: torch.dtype) -> None:
+    other = torch.float32 if wide == torch.float64 else torch.float64
+    model = net(dropout=0.0).to(other)
+    optimizer = drifting(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(24):
+        optimizer.step()
+    again_model = net(dropout=0.0).to(wide)
+    again_ = drifting(again_model, on_error="raise")
+    again_.core.load_state_dict(optimizer.core.state_dict())
+    averages = again_.core.averages
+    assert {x.dtype for x in averages._short.values()} == {wide}
+    torch.testing.assert_close(
+        averages._long["4.bias"], optimizer.core.averages._long["4.bias"].to(wide)
+    )
+    for p in again_model.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(8):
+        again_.step()
+    assert again_.jumps[-1].horizon > 0
+
+
+def test_a_cast_of_the_model_begins_anew() -> None:
+    model = net(dropout=0.0)
+    optimizer = drifting(model, on_error="raise")
+    train(model, optimizer, range(24))
+    model.double()
+    for step in range(24, 36):
+        x, y = (t.double() for t in data(step))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    averages = optimizer.core.averages
+    assert {clock.age for clock in averages._clocks.values()} == {10}
+    assert {x.dtype for x in averages._long.values()} == {torch.float64}
+    model[4].weight.data = torch.zeros(2, 7, dtype=torch.float64)
+    model[4].bias.data = torch.zeros(1, dtype=torch.float64)
+    averages.update(dict(model.named_parameters()))
+    assert averages._clocks["4.weight"].age == 12
+    assert averages._clocks["4.bias"].age == 0
+
+
+def test_infinite_losses_and_restarts() -> None:
+    model = net(dropout=0.0)
+    guard = Guard(lambda: math.inf, shrink=0.5)
+    optimizer = drifting(model, drift=replace(SOON, begin=4, judged=1), guard=guard)
+    train(model, optimizer, range(8))
+    assert optimizer.core.share == 0.25
+    with pytest.warns(UserWarning, match="plain optimizer"):
+        optimizer.load_state_dict(optimizer.base.state_dict())
+    core = optimizer.core
+    assert (core.share, core.step, core.made, core.log) == (1.0, 0, 0, [])
+    assert not core.averages._clocks
+    assert core._last == math.inf
+
+
+def test_averages_that_fail_begin_anew_and_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(dropout=0.0)
+    optimizer = drifting(model)
+    train(model, optimizer, range(24))
+    averages = optimizer.core.averages
+    with monkeypatch.context() as patch:
+
+        def fails(tensors: Any) -> None:
+            raise MemoryError("no room")
+
+        patch.setattr(averages, "update", fails)
+        train(model, optimizer, range(24, 26))
+    assert not averages._clocks
+    with pytest.warns(RuntimeWarning, match="no room"):
+        train(model, optimizer, range(26, 28))
+    assert optimizer.jumps[-1].reason == "MemoryError: no room"
+    train(model, optimizer, range(28, 40))
+    assert optimizer.jumps[-1].reason == "accepted"
+
+
 def test_the_end_is_at_the_averages() -> None:
     model = net(dropout=0.0)
     optimizer = drifting(model, refresh=lambda: [data(900)[0]])
@@ -477,6 +569,19 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Any, stop: int, guarded: bo
         assert differs(snapshot(whole), snapshot(third))
 
 
+def test_a_loaded_state_is_a_copy() -> None:
+    model = net(dropout=0.0)
+    optimizer = drifting(model)
+    train(model, optimizer, range(24))
+    other = net(dropout=0.0)
+    again = drifting(other)
+    again.load_state_dict(optimizer.state_dict())
+    kept = {n: x.clone() for n, x in again.core.averages._short.items()}
+    train(model, optimizer, range(24, 40))
+    assert_equal(kept, again.core.averages._short)
+    assert differs(kept, optimizer.core.averages._short)
+
+
 def test_states_of_the_other_kind_begin_afresh() -> None:
     model = net(dropout=0.0)
     base = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -505,6 +610,8 @@ def test_states_that_do_not_fit_change_nothing() -> None:
         lambda h: h["tensors"].update({"other": [torch.zeros(2)] * 2}),
         lambda h: h["tensors"]["0.weight"].pop(),
         lambda h: h["clocks"].pop("0.weight"),
+        lambda h: h.pop("clocks"),
+        lambda h: h.pop("tensors"),
     ):
         bad = copy.deepcopy(state)
         change(bad["nowcast"]["history"])

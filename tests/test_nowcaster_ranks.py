@@ -150,5 +150,32 @@ def test_processes_drift_as_one_does(results: list[dict[str, Any]], how: str) ->
         assert_close(ranks.values(plain), ranks.values(half))
 
 
+@pytest.mark.parametrize("how", ["replicas", "parts"])
+def test_averages_are_seen_after_a_forward_pass(results: list[dict[str, Any]], how: str) -> None:
+    twin = ranks.mlp()
+    for r in (r["drift"] for r in results):
+        twin.load_state_dict(r[f"{how} averaged"])
+        with torch.no_grad():
+            torch.testing.assert_close(r[f"{how} seen"], twin(ranks.batch(1, 0)[0]))
+            twin.load_state_dict(r[how])
+            assert not torch.allclose(r[f"{how} seen"], twin(ranks.batch(1, 0)[0]))
+        assert r[f"{how} kept"] == sorted(r[how])
+
+
+@pytest.mark.parametrize("how", ["replicas", "parts"])
+@pytest.mark.parametrize("what", ["nan", "update"])
+def test_processes_stay_together_when_averages_fail_in_one(
+    results: list[dict[str, Any]], how: str, what: str
+) -> None:
+    (one, ages, log), (two, again, other) = (r["drift"][f"{how} {what}"] for r in results)
+    assert_equal(one, two)
+    assert ages == again
+    assert len(ages) == 1
+    assert [step for step, _ in log] == [step for step, _ in other] == list(range(4, 29, 4))
+    assert dict(log)[16] == "NowcastError"
+    assert dict(other)[16] == {"nan": "NowcastError", "update": "MemoryError"}[what]
+    assert dict(log)[28] == dict(other)[28] == "accepted"
+
+
 def test_a_drift_that_fails_in_one_process_happens_in_none(results: list[dict[str, Any]]) -> None:
     assert [r["drift"]["fails"] for r in results] == [("NowcastError", True)] * 2

@@ -269,7 +269,8 @@ class Averages:
             NowcastError: If an average is of a tensor that is missing or has another shape.
         """
         tensors, clocks = state.get("tensors", {}), state.get("clocks", {})
-        wrong = [
+        wrong = [f"no {what}" for what in ("tensors", "clocks") if what not in state]
+        wrong += [
             f"{name!r} of shape {tuple(x.shape)}"
             for name, pair in tensors.items()
             for x in pair[:1]
@@ -298,7 +299,8 @@ class Averages:
         self.clear()
         for name, pair in state["tensors"].items():
             part = own_part(like[name])
-            short, long = (self._as_kept(own_part(x).to(part.device)).clone() for x in pair)
+            room = self._as_kept(part)
+            short, long = (torch.empty_like(room).copy_(own_part(x)) for x in pair)
             self._short[name], self._long[name] = short, long
             age, *times = state["clocks"][name]
             self._clocks[name] = Clock(int(age), *map(float, times))

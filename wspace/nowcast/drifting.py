@@ -89,14 +89,14 @@ class Drifting(Follower):
         self.drift, self.averages = drift, Averages(drift, device=settings.history_device)
         self.share, self._last = 1.0, float("inf")
         self._replicas = False  # whether processes were seen to train one model
+        self._broken: Exception | None = None  # why the averages began anew
 
     def _due(self) -> None:
         try:
             self.averages.update(self.movable())
-        except Exception as error:
+        except Exception as error:  # raised at the next jump, in all processes
             self.averages.clear()
-            self._failed(error, Jump(self.step, reason="the averages failed"))
-            return
+            self._broken = self._broken or error
         if self.step % self.settings.interval == 0 and self.step >= self.drift.begin:
             self._jump()
 
@@ -105,9 +105,12 @@ class Drifting(Follower):
         try:
             entry = self._moved(entry)
             guard = self.settings.guard
-            if guard is not None and (self.made + 1) % self.drift.judged == 0:
+            turn = self.step // self.settings.interval
+            if guard is not None and turn % self.drift.judged == 0:
                 entry = self._judged(guard, entry)
         except Exception as error:
+            if self.ranks.several:
+                self.averages.clear()  # in all processes, so that they stay of one age
             self._failed(error, replace(entry, seconds=time.perf_counter() - start))
             return
         self._note(replace(entry, seconds=time.perf_counter() - start))
@@ -116,6 +119,7 @@ class Drifting(Follower):
 
     def _moved(self, entry: Jump) -> Jump:
         """Moves parameters and averages together, or neither."""
+        self.ranks.together(self._whole)
         live = self.movable()
         if not self._replicas:
             self.ranks.check_replicas([p for p in live.values() if not in_parts(p)])
@@ -127,13 +131,19 @@ class Drifting(Follower):
             return lengths[-1]
 
         moves, values = self.ranks.together(lambda: self._ahead(live, length))
-        if not moves:
+        if self.ranks.any(not moves):
             why = "the jump is 0 steps long" if lengths else "the averages are of one time"
             return replace(entry, reason=why)
         write_whole({n: own_part(live[n]) for n in values}, values, self.ranks.together)
         self.averages.shift(moves)
         horizon = max(lengths) / self.settings.interval
         return replace(entry, tried=(horizon,), horizon=horizon, reason="accepted")
+
+    def _whole(self) -> None:
+        """Raises what went wrong since the last jump."""
+        error, self._broken = self._broken, None
+        if error is not None:
+            raise error
 
     def _ahead(
         self, live: Mapping[str, Tensor], length: Callable[[float], float]
@@ -189,6 +199,7 @@ class Drifting(Follower):
             NowcastError: If it is entered twice.
         """
         self._present()
+        reshard(self.module)  # a forward pass may have left whole parameters
         live = self.movable()
         values = self.averages.values(live)
         local = {n: own_part(live[n]) for n in values}
@@ -201,7 +212,7 @@ class Drifting(Follower):
             yield
         finally:
             self._away = False
-            write(local, before)
+            write({n: own_part(live[n]) for n in before}, before)  # perhaps they were cast
             put_back(buffers)
             reshard(self.module)
 
@@ -214,6 +225,7 @@ class Drifting(Follower):
             NowcastError: If it is called within `averaged`.
         """
         self._present()
+        reshard(self.module)
         live = self.movable()
         values = self.averages.values(live)
         write_whole({n: own_part(live[n]) for n in values}, values, self.ranks.together)

@@ -126,7 +126,7 @@ class Follower(ABC):
             raise NowcastError(
                 message(
                     "Nowcaster: the module holds its averages now, not what is trained",
-                    help="step, and take averages, outside of `with optimizer.averaged():`",
+                    help="step, copy, and take averages outside of `with optimizer.averaged():`",
                 )
             )
 
@@ -259,6 +259,7 @@ class Follower(ABC):
         Returns:
             Plain values and tensors.
         """
+        reshard(self.module)
         return {
             "version": VERSION,
             "kind": self.kind,
@@ -302,6 +303,7 @@ class Follower(ABC):
                 message("Nowcaster: this saved state is not whole", got=f"no {sorted(lost)}")
             )
         _entries(state)
+        reshard(self.module)
         if self._same_kind(state):
             self._check_past(state)
 

@@ -37,6 +37,7 @@ def trainer_callback(
     space: WeightSpace | None = None,
     *,
     held: Mapping[str, Any] | None = None,
+    evaluations: int = 1,
     **options: Any,
 ) -> Any:
     """A callback for the Hugging Face Trainer that jumps ahead.
@@ -46,13 +47,16 @@ def trainer_callback(
     The jumps are in the trainer's ``log_history``, and in the callback's ``jumps``.
 
     With a `Drift` evaluations during training are of the running averages, and training ends with
-    them in the model; checkpoints hold what is trained. Only jumps that were judged, or failed, are
-    in the ``log_history``.
+    them in the model, unless the trainer has loaded the best checkpoint; checkpoints hold what is
+    trained. Only jumps that were judged, or failed, are in the ``log_history``. The trainer says
+    nothing of an evaluation that raises: the callback's ``put_back()`` gives the model what is
+    trained.
 
     Args:
         predictor: Says where parameters are heading; or a `Drift`.
         space: Weight space of the model, for predictors that know the wiring.
         held: A batch with labels; a jump is kept only if the model's loss on it does not rise.
+        evaluations: Data sets that each evaluation goes through, if ``eval_dataset`` is a dict.
         **options: See `Settings`. With `held`, a `guard` is a dict of `Guard`'s other options.
 
     Returns:
@@ -88,19 +92,23 @@ def trainer_callback(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             follower.tell(state)
-            follower.show(evaluating=control.should_evaluate)
+            follower.show(evaluations if control.should_evaluate else 0)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            follower.show(evaluating=control.should_evaluate)
+            follower.show(evaluations if control.should_evaluate else 0)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            follower.show(evaluating=False)
+            follower.shown()
+
+        def put_back(self) -> None:
+            follower.show(0)
 
         def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             follower.save(_folder(args, state), first=state.is_world_process_zero)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            follower.finish()
+            best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            follower.finish(averages=not best)
 
     return NowcastTrainerCallback()
 
@@ -132,6 +140,7 @@ class _Follower:
         self._handle: Handles | None = None
         self._told = 0
         self._away = ExitStack()
+        self._left = 0  # evaluations to come before the model gets back what is trained
 
     def begin(self, args: Any, state: Any, model: nn.Module, optimizer: Any) -> None:
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
@@ -189,15 +198,30 @@ class _Follower:
             state.log_history.append({k: x for k, x in found.items() if x is not None})
         self._told = self.core.made
 
-    def show(self, *, evaluating: bool) -> None:
-        """Has the averages of a drift in the model while it is evaluated."""
+    def show(self, evaluations: int) -> None:
+        """Has the averages of a drift in the model for so many evaluations."""
         self._away.close()
-        if evaluating and isinstance(self.core, Drifting) and self._handle is not None:
+        self._left = 0
+        if evaluations and isinstance(self.core, Drifting) and self._handle is not None:
             self._away.enter_context(self.core.averaged())
+            self._left = evaluations
 
-    def finish(self) -> None:
+    def shown(self) -> None:
+        """Counts an evaluation."""
+        if self._left == 0 and isinstance(self.core, Drifting) and self._handle is not None:
+            warnings.warn(
+                "trainer_callback: an evaluation was not of the averages; give evaluations=N if "
+                "the trainer evaluates on N data sets in turn",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._left = max(0, self._left - 1)
+        if not self._left:
+            self._away.close()
+
+    def finish(self, *, averages: bool) -> None:
         self._away.close()
-        if isinstance(self.core, Drifting) and self._handle is not None:
+        if averages and isinstance(self.core, Drifting) and self._handle is not None:
             self.core.finish()
         self.end()
 

@@ -261,6 +261,7 @@ class Nowcaster(Optimizer):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.core.before_step()
         how = self.core.settings
         if how.guard is not None or callable(how.refresh):
             raise NowcastError(
