@@ -62,6 +62,7 @@ AVERAGED: dict[str, Callable[[Any, nn.Module], Any]] = {
     "SNOO, averaged": Snoo,
     "drift": lambda adam, module: Nowcaster(adam, module, predictor=Drift(), on_error="raise"),
     "drift, own rate": lambda adam, module: Nowcaster(adam, module, predictor=Drift()),
+    "drift, cosine": lambda adam, module: Nowcaster(adam, module, predictor=Drift()),
 }
 METHODS = (ADAM, COSINE, *AVERAGED, *PREDICTORS)
 OWN_RATE = {
@@ -69,6 +70,7 @@ OWN_RATE = {
     "MLP, own rate": (1, 2),
     "graph, own rate": (1, 2),
     "drift, own rate": (0.5, 1, 2),
+    "drift, cosine": (1, 2),
 }
 """Factors of Adam's rate of which the best is taken."""
 RAW = ", not averaged"
@@ -123,7 +125,7 @@ def trained(
     raw = [list(curve[0])]
     for step in range(1, options.steps + 1):
         start = time.thread_time()
-        if method == COSINE:
+        if method.endswith("cosine"):
             adam.param_groups[0]["lr"] = rate * (1 + cos(pi * (step - 1) / options.steps)) / 2
         optimizer.zero_grad()
         loss_of(module, data.draw(task.batch, drawn)).backward()
