@@ -21,7 +21,7 @@ from tests.test_nowcaster import (
 )
 from tests.test_nowcaster_drift import SOON, drifting
 from wspace.errors import NowcastError
-from wspace.nowcast import Drift, Guard, LinearFit, Nowcaster
+from wspace.nowcast import Drift, Guard, LinearFit, Nowcaster, Settings, follower
 from wspace.nowcast.follow import LOGGED
 
 
@@ -346,6 +346,26 @@ def test_the_log_is_bounded_and_none_is_told_twice() -> None:
     assert optimizer.jumps[-1].step == LOGGED + 50
     assert told == list(range(1, told[-1] + 1))
     assert optimizer.core.news(optimizer.core.made) == []
+    again = drifting(nn.Linear(1, 1), drift=Drift(begin=0, every=1), period=1, lr=0.0)
+    again.load_state_dict(optimizer.state_dict())
+    assert (again.core.made, len(again.jumps)) == (LOGGED + 50, LOGGED)
+
+
+def test_an_optimizer_that_is_followed_cannot_step_within() -> None:
+    """Also where it is not wrapped, as by the callbacks; and it can again when that has ended."""
+    model = net(dropout=0.0)
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    core = follower(base, model, None, SOON, Settings(period=4))
+    handle = core.attach()
+    train(model, base, range(24))
+    assert [j.step for j in core.log] == [20, 24]
+    with core.averaged(), pytest.raises(NowcastError, match="holds its averages now"):
+        base.step()
+    train(model, base, range(24, 26))
+    handle.remove()
+    with core.averaged():
+        base.step()
+    assert core.step == 26
 
 
 def test_copies_go_their_own_way() -> None:
