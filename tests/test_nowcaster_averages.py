@@ -176,6 +176,17 @@ def test_the_end_is_at_the_averages() -> None:
     assert optimizer.core.averages._clocks["0.weight"].age == 8
 
 
+def test_an_end_that_fails_changes_nothing() -> None:
+    model = net(dropout=0.0)
+    optimizer = drifting(model, refresh=[])
+    train(model, optimizer, range(30))
+    before = snapshot(model)
+    with pytest.raises(NowcastError):
+        optimizer.finish()
+    assert_equal(before, snapshot(model))
+    assert optimizer.core.averages._clocks
+
+
 def test_predictors_keep_no_averages() -> None:
     model = net()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -232,6 +243,8 @@ def test_a_loss_that_fails_only_leaves_the_judgement_out() -> None:
     optimizer = drifting(model, drift=Drift(begin=4, every=2, judged=1), guard=Guard(fails))
     with pytest.warns(RuntimeWarning, match="no data"):
         train(model, optimizer, range(8))
+    assert optimizer.jumps[-1].reason == "accepted, but not judged: ValueError: no data"
+    assert optimizer.jumps[-1].horizon > 0
     other = net(dropout=0.0)
     train(other, drifting(other, drift=Drift(begin=4, every=2)), range(8))
     assert_equal(snapshot(model), snapshot(other))

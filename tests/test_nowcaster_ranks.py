@@ -128,9 +128,8 @@ def test_processes_drift_as_one_does(results: list[dict[str, Any]], how: str) ->
     model, optimizer = ranks.drifting(0, "")
     ranks.train(model, optimizer, range(20), 0)
     kept = [(j.step, j.horizon) for j in optimizer.jumps]
-    assert kept[0] == (4, pytest.approx(0.3, abs=0.3))
-    assert len(kept) == 5
-    assert kept[-1][1] > 0
+    assert [step for step, _ in kept] == [4, 8, 12, 16, 20]
+    assert kept[0][1] < kept[-1][1]
     with optimizer.averaged():
         shown = ranks.values(model)
     for r in (r["drift"] for r in results):

@@ -16,7 +16,7 @@ from wspace.nowcast.drift import Averages, Drift, all_finite
 from wspace.nowcast.follow import Follower
 from wspace.nowcast.guard import Guard, measured, refreshed
 from wspace.nowcast.jumps import Jumps
-from wspace.nowcast.kept import together_with, write, write_whole
+from wspace.nowcast.kept import Kept, together_with, write, write_whole
 from wspace.nowcast.predictor import Predictor
 from wspace.nowcast.ranks import in_parts, own_part, reshard
 from wspace.nowcast.settings import Jump, Settings
@@ -107,7 +107,8 @@ class Drifting(Follower):
             guard = self.settings.guard
             turn = self.step // self.settings.interval
             if guard is not None and turn % self.drift.judged == 0:
-                entry = self._judged(guard, entry)
+                moved, entry = entry, replace(entry, reason=f"{entry.reason}, but not judged")
+                entry = self._judged(guard, moved)
         except Exception as error:
             if self.ranks.several:
                 self.averages.clear()  # in all processes, so that they stay of one age
@@ -222,14 +223,21 @@ class Drifting(Follower):
         BatchNorm's statistics are estimated for them if `Settings.refresh` is given.
 
         Raises:
-            NowcastError: If it is called within `averaged`.
+            NowcastError: If it is called within `averaged`, or there are no batches to refresh
+                with; the module is then as before.
         """
         self._present()
         reshard(self.module)
         live = self.movable()
         values = self.averages.values(live)
-        write_whole({n: own_part(live[n]) for n in values}, values, self.ranks.together)
-        self._refresh()
+        local = {n: own_part(live[n]) for n in values}
+        kept = Kept(self._outer, local, self.averages.device)
+        try:
+            write(local, values)
+            self._refresh()
+        except BaseException:
+            kept.put_back()
+            raise
         reshard(self.module)
         self.averages.clear()
 

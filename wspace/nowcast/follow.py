@@ -240,7 +240,7 @@ class Follower(ABC):
             self._warned = True
             warnings.warn(
                 message(
-                    f"Nowcaster: no jump at step {self.step}, training goes on without",
+                    f"Nowcaster: the jump at step {self.step} failed, training goes on",
                     got=f"{type(error).__name__}: {error}",
                     help="later ones are noted in the log only; on_error='raise' stops there",
                 ),
