@@ -229,6 +229,7 @@ def test_the_guard_shortens_jumps_while_the_average_gets_worse() -> None:
     judged = [(j.before, j.after) for j in optimizer.jumps if j.after is not None]
     assert judged[:3] == [(None, 5.0), (5.0, 4.0), (4.0, 4.5)]
     assert len(seen) == 9
+    assert {j.reason for j in optimizer.jumps if j.horizon} == {"accepted"}
     assert_equal(
         {n: seen[-1][n] for n, _ in model.named_parameters()}, optimizer.core.averages._short
     )
